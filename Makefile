@@ -41,7 +41,7 @@ nbmake: $(READY)  ## run the chapters as a reader's own CI would
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 chapters
 
 bench: $(READY)  ## measure ours against the peers, into benchmarks/results
-	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
 lint: $(READY)  ## ruff, mypy, and the canonical form of the notebooks
 	$(PY) -m ruff check .
