@@ -94,7 +94,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     -------
     int
         Bytes, of the GPU when there is one, else of the CPU. Memory that other libraries take
-        (NumPy's, say) does not count.
+        (NumPy's, say) does not count; nor, on the CPU, does the release of tensors made before.
 
     Examples
     --------

@@ -119,10 +119,12 @@ def explore(
             raise ValueError(f"start: expected one of the values of a slider, got {name}={value!r}")
         begin[name] = list(choices[name].values()).index(value)
 
+    wide = ipw.Layout(width="100%")
+
     def frame(arguments: dict[str, Any]) -> Any:
         text = alt.format(**arguments) if isinstance(alt, str) else alt(**arguments)
         with style():
-            return ipw.HTML(_frame(draw(**arguments), text))
+            return ipw.HTML(_frame(draw(**arguments), text), layout=wide)
 
     names = list(choices)
     combinations = product(*(choices[name].values() for name in names))
@@ -141,13 +143,13 @@ def explore(
             description=(labels or {}).get(name, name),
             continuous_update=True,
             style={"description_width": "initial"},
-            layout=ipw.Layout(width="min(28rem, 100%)"),
+            layout=ipw.Layout(width="min(36rem, 100%)"),
         )
         for name in names
     ]
 
     def stack(children: list[Any], slider: Any) -> Any:
-        joined = ipw.Stack(children, selected_index=slider.index)
+        joined = ipw.Stack(children, selected_index=slider.index, layout=wide)
         ipw.jslink((slider, "index"), (joined, "selected_index"))
         return joined
 

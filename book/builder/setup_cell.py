@@ -9,14 +9,16 @@ REPOSITORY = ""  # "<address>@<branch>", written in when the book is published
 
 
 def find_affnb():
-    if importlib.util.find_spec("affnb"):
+    spec = importlib.util.find_spec("affnb")
+    if spec and spec.origin:  # a mere folder of that name has no origin
         return
     for folder in [Path.cwd(), *Path.cwd().parents]:  # a clone that is not installed
         if (folder / "affnb" / "__init__.py").exists():
             sys.path.insert(0, str(folder))
             return
     source = os.environ.get("AFFNB_REPOSITORY") or REPOSITORY
-    if not source and "COLAB_JUPYTER_IP" in os.environ:  # Colab knows which file it opened
+    if not source and "COLAB_JUPYTER_IP" in os.environ:
+        # Colab knows which file it opened.
         import re
         import urllib.parse
         import urllib.request
@@ -31,7 +33,9 @@ def find_affnb():
             "Run it inside a clone, or set AFFNB_REPOSITORY to the repository's address."
         )
     requirement = f"affnb[chapters] @ git+{source.removeprefix('git+')}"
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", requirement])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.check_call([*pip, requirement])
+    importlib.invalidate_caches()
 
 
 find_affnb()
