@@ -11,7 +11,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "CYCLE", "figure_html", "figure_svg", "heat", "show", "style", "use_style"]
+__all__ = [
+    "COLOURS",
+    "CYCLE",
+    "figure_html",
+    "figure_svg",
+    "heat",
+    "show",
+    "side_by_side",
+    "style",
+    "use_style",
+]
 
 #: One colour-blind-safe palette (after Okabe and Ito). Each has a contrast of at least 3:1 on white and
 #: on the site's dark background, so lines and markers need no second set for dark mode.
@@ -182,30 +192,57 @@ def figure_svg(figure: Figure, *, alt: str) -> str:
     return svg.replace(size.group(), attributes, 1)
 
 
-def figure_html(figure: Figure, *, alt: str, caption: str | None = None) -> str:
-    """Return a figure as an HTML ``<figure>`` with its caption (plain text or simple HTML)."""
+def side_by_side(parts: Sequence[str]) -> str:
+    """Lay out pieces of HTML beside each other where there is room, else one below the other.
+
+    Two figures laid out in this way stay legible on a phone; two panels of one figure do not.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    items = "".join(f'<div style="flex:1 1 17rem;min-width:0">{part}</div>' for part in parts)
+    return (
+        '<div style="display:flex;flex-wrap:wrap;gap:1rem;align-items:center;'
+        f'justify-content:center">{items}</div>'
+    )
+
+
+def figure_html(
+    figures: Figure | Sequence[Figure], *, alt: str | Sequence[str], caption: str | None = None
+) -> str:
+    """Return the HTML ``<figure>`` that `show` displays; the same arguments."""
+    many = figures if isinstance(figures, Sequence) else [figures]
+    texts = [alt] if isinstance(alt, str) else list(alt)
+    if len(texts) != len(many):
+        raise ValueError(f"alt: expected {len(many)} texts, one a figure, got {len(texts)}")
+    pictures = [figure_svg(f, alt=text) for f, text in zip(many, texts, strict=True)]
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure class="affnb-figure">{figure_svg(figure, alt=alt)}{below}</figure>'
+    return f'<figure class="affnb-figure">{side_by_side(pictures)}{below}</figure>'
 
 
-def show(figure: Figure, *, alt: str, caption: str | None = None) -> None:
-    """Display a figure in the notebook and on the page, with alternative text and a caption.
+def show(
+    figures: Figure | Sequence[Figure], *, alt: str | Sequence[str], caption: str | None = None
+) -> None:
+    """Display figures in the notebook and on the page, with alternative text and a caption.
 
     Parameters
     ----------
-    figure
-        A matplotlib figure; it is closed afterwards.
+    figures
+        A matplotlib figure, or several to be shown side by side (on a narrow page one below the
+        other). They are closed afterwards.
     alt
-        Alternative text, as in `figure_svg`.
+        Alternative text, as in `figure_svg`; a list of them for several figures.
     caption
-        What to see in the figure, in one or two sentences.
+        What to see, in one or two sentences (plain text or simple HTML).
 
     Raises
     ------
     ValueError
-        ``alt`` is empty.
+        An alternative text is empty, or there is not one for each figure.
     """
     from IPython.display import display
 
-    bundle = {"text/html": figure_html(figure, alt=alt, caption=caption), "text/plain": alt}
+    bundle = {
+        "text/html": figure_html(figures, alt=alt, caption=caption),
+        "text/plain": alt if isinstance(alt, str) else " ".join(alt),
+    }
     display(bundle, raw=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from .plotting import figure_svg
+from .plotting import figure_svg, side_by_side
 
 __all__ = ["MAX_BYTES", "explore"]
 
@@ -26,7 +26,7 @@ def _label(value: Any) -> str:
 def _frame(drawn: Any, alt: str) -> str:
     """Turn whatever a drawing function returned into HTML: a figure, text, or several of them."""
     if isinstance(drawn, (list, tuple)):
-        return "".join(_frame(part, alt) for part in drawn)
+        return side_by_side([_frame(part, alt) for part in drawn])
     if isinstance(drawn, str):
         return drawn
     if hasattr(drawn, "savefig"):
@@ -54,7 +54,7 @@ def explore(
     ----------
     draw
         Called with one keyword argument a slider. Returns a matplotlib figure, an HTML string, an object
-        with ``_repr_html_``, or a list of those, which are shown one below the other.
+        with ``_repr_html_``, or a list of those, which stand side by side where there is room.
     alt
         Alternative text of a picture: a function of the same arguments, or a format string such as
         ``"The loss at gamma = {gamma}"``.

@@ -253,3 +253,18 @@ def test_show_displays_figure_and_caption(monkeypatch):
     assert page.startswith('<figure class="affnb-figure"><svg')
     assert re.search(r"</svg>\s*<figcaption>See <em>this</em>\.</figcaption></figure>$", page)
     assert "figcaption" not in bare["text/html"]
+
+
+def test_several_figures_stand_side_by_side_each_with_its_own_text():
+    with plotting.style():
+        two = [plt.subplots()[0] for _ in range(2)]
+        html = plotting.figure_html(two, alt=["the first", "the second"], caption="Both.")
+    assert html.count("<svg") == html.count("</svg>") == 2
+    assert html.index('aria-label="the first"') < html.index('aria-label="the second"')
+    assert html.count("<figcaption>") == 1
+
+
+def test_several_figures_need_a_text_each():
+    figures = [plt.subplots()[0] for _ in range(2)]
+    with pytest.raises(ValueError, match=r"alt: expected 2 texts, one a figure, got 1"):
+        plotting.figure_html(figures, alt="one for both")
