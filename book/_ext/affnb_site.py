@@ -1,0 +1,107 @@
+"""What our site needs of Sphinx beyond its settings: honest buttons, and pages that everybody can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bs4 import BeautifulSoup
+from sphinx.application import Sphinx
+
+#: Pages that the build writes: there is no source file of theirs to edit.
+GENERATED = {"book/map", "book/scoreboard", "book/benchmarks"}
+
+
+def mend_buttons(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Let the buttons at the top of a page lead somewhere, whatever the repository's address.
+
+    With the neutral address of ``_config.yml`` (its host ends in ``.invalid``) there is no repository to
+    lead to: Colab's button and the others lead to the page on running the book, which says what to do.
+    """
+    theme = app.config.html_theme_options
+    neutral = ".invalid/" in theme.get("repository_url", "") + "/"
+    running = "" if pagename == "book/running" else context["pathto"]("book/running")
+    groups = []
+    for group in context.get("header_buttons", []):
+        if group["type"] != "group":
+            groups.append(group)
+            continue
+        kept = []
+        for button in group["buttons"]:
+            label = button.get("label", "")
+            if pagename in GENERATED and label in {
+                "source-edit-button",
+                "download-source-button",
+            }:
+                continue
+            if neutral and group.get("label") == "launch-buttons":
+                button = button | {"url": f"{running}#colab"}
+            elif neutral and label.startswith("source-"):
+                button = button | {"url": f"{running}#repository"}
+            kept.append(button)
+        if kept:
+            groups.append(group | {"buttons": kept})
+    context["header_buttons"] = groups
+
+
+def expect_mathematics(app: Sphinx, env: Any) -> None:
+    """Load MathJax on the scoreboard, whose tables hold formulas that Sphinx doesn't see."""
+    env.get_domain("math").data["has_equations"]["book/scoreboard"] = True
+
+
+def _mend_page(html: str) -> str:
+    """Mend what the theme and myst-nb write in ways that assistive technology stumbles over."""
+    soup = BeautifulSoup(html, "html.parser")
+    # Buttons and links that show only an icon get their tooltip as a name; the icon is decoration.
+    for element in soup.select("button, a.btn, label"):
+        if not element.get_text(strip=True) and not element.get("aria-label"):
+            name = element.get("title") or element.get("data-bs-title")
+            if name:
+                element["aria-label"] = name
+    for icon in soup.select("i[class*='fa-'], span[class*='fa-']"):
+        icon["aria-hidden"] = "true"
+    # The theme opens its own buttons' links in a new window; those within the book stay in it.
+    for link in soup.select(".article-header-buttons a[target=_blank]"):
+        if not link["href"].startswith("http"):
+            del link["target"]
+        else:
+            link["rel"] = "noopener"
+    # The copy for printing repeats the title, as a heading that outline readers would meet first.
+    for heading in soup.select("#jb-print-docs-body :is(h1, h2)"):
+        heading.name = "div"
+        heading["class"] = [*heading.get("class", []), "affnb-print-heading"]
+    # Wide tables scroll in a box of their own.
+    for table in soup.select("article table"):
+        if not table.find_parent(class_=["affnb-scroll", "affnb-explore"]):
+            table.wrap(soup.new_tag("div", attrs={"class": "affnb-scroll"}))
+    # Bibliographies: a role that ARIA has withdrawn, and a list of what aren't its items.
+    for entry in soup.select("[role=doc-biblioentry], .citation-list[role=list]"):
+        del entry["role"]
+    # A name that differs from what is seen misleads whoever speaks it; the text itself is enough.
+    for element in soup.select("summary[aria-label], .search-button-field[aria-label]"):
+        del element["aria-label"]
+    for icon in soup.select(".theme-switch-button .theme-switch"):
+        del icon["title"]
+    return str(soup)
+
+
+def write_mended(app: Sphinx, exception: Exception | None) -> None:
+    """Go once over every page that was written."""
+    if exception or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        if "_static" not in page.parts:
+            page.write_text(_mend_page(page.read_text(encoding="utf8")), encoding="utf8")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    # Jupyter Book sets this option of sphinx_comments, which the book does without.
+    app.add_config_value("comments_config", {}, "html")
+    # After the theme has made its buttons (priority 501).
+    app.connect("html-page-context", mend_buttons, priority=900)
+    app.connect("env-updated", expect_mathematics)
+    app.connect("build-finished", write_mended)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

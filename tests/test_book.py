@@ -1,0 +1,368 @@
+"""The built site in a real browser: what a reader meets on a laptop, on a phone, in the dark."""
+
+import functools
+import http.server
+import os
+import shutil
+import threading
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote, urljoin
+
+import pytest
+import yaml
+from builder import assets, build, chapters
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+WAYS = {"desktop": (DESKTOP, "light"), "phone": (PHONE, "light"), "dark": (DESKTOP, "dark")}
+LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+
+
+def pages():
+    """List the pages of the table of contents, and the search page."""
+    toc = yaml.safe_load((chapters.ROOT / "_toc.yml").read_text())
+    files = [toc["root"]]
+    for part in toc["parts"]:
+        files += chapters.toc_files(part["chapters"])
+    return [f"{file}.html" for file in files] + ["search.html"]
+
+
+def find_chromium():
+    """Return the path of a Chromium, from CHROMIUM or the usual names; None when there is none."""
+    wanted = os.environ.get("CHROMIUM")
+    names = [wanted] if wanted else ["chromium", "chromium-browser", "google-chrome", "chrome"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serve files without a line on the terminal for each."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def site():
+    """Build the site where it isn't up to date, serve it on this machine, and return its address."""
+    index = build.build()
+    handler = functools.partial(Quiet, directory=str(index.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Start a headless Chromium; skip when there is none, but fail where CI=true."""
+    missing = []
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing.append("the Python package playwright")
+    chromium = find_chromium()
+    if chromium is None:
+        missing.append("Chromium (on the path, or named by the variable CHROMIUM)")
+    if missing:
+        message = f"the browser tests need {' and '.join(missing)}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--no-first-run",
+                "--disable-quic",
+            ],
+        )
+        yield started
+        started.close()
+
+
+class Visit:
+    """An opened page, and what it asked for and complained about."""
+
+    def __init__(self, page, host):
+        self.page, self.host = page, host
+        self.elsewhere, self.complaints = [], []
+
+        def route(route):
+            # Nothing may leave this machine, not even while a test fails.
+            if route.request.url.startswith((host, "data:", "blob:")):
+                route.continue_()
+            else:
+                self.elsewhere.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", route)
+        page.on(
+            "console",
+            lambda m: (
+                self.complaints.append(f"{m.type}: {m.text} ({m.location.get('url', '')})")
+                if m.type == "error"
+                else None
+            ),
+        )
+        page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
+        page.on(
+            "response",
+            lambda r: self.complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None,
+        )
+
+    def open(self, path):
+        self.page.goto(f"{self.host}/{path}", wait_until="load")
+        self.page.wait_for_load_state("networkidle")
+        self.page.evaluate("window.MathJax?.startup?.promise")
+        views = "script[type='application/vnd.jupyter.widget-view+json']"
+        if self.page.locator(views).count():
+            self.page.wait_for_function(
+                f"document.querySelectorAll('.widget-subarea > *').length"
+                f' >= document.querySelectorAll("{views}").length'
+            )
+        return self
+
+
+@pytest.fixture
+def visit(browser, site):
+    """Return a function that opens a page of the site."""
+    contexts = []
+
+    def opener(path, size=DESKTOP, mode="light"):
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme=mode,
+            reduced_motion="reduce",
+            has_touch=size == PHONE,
+        )
+        contexts.append(context)
+        # The reader's choice of light or dark, as the theme keeps it.
+        context.add_init_script(
+            f"localStorage.setItem('mode', '{mode}'); localStorage.setItem('theme', '{mode}');"
+        )
+        visited = Visit(context.new_page(), site).open(path)
+        assert visited.page.evaluate("document.documentElement.dataset.theme") == mode
+        return visited
+
+    yield opener
+    for context in contexts:
+        context.close()
+
+
+each_page = pytest.mark.parametrize("path", pages())
+each_chapter = pytest.mark.parametrize("path", [c.page for c in chapters.list_chapters()])
+
+
+def mathematics_not_rendered(page):
+    """List the formulas that MathJax left alone or could not read."""
+    return page.evaluate(
+        r"""[...document.querySelectorAll("article .math, article p, article td, article th, figcaption")]
+            .filter(e => e.checkVisibility())
+            .filter(e => (e.matches(".math") && !e.querySelector("mjx-container"))
+                         || e.querySelector("mjx-merror, [data-mjx-error]")
+                         || /\\\(|\\\[|\$[^$]+\$/.test(e.innerText))
+            .map(e => e.textContent.slice(0, 120))"""
+    )
+
+
+def pictures_without_alternative_text(page):
+    """List the pictures that say nothing to somebody who can't see them."""
+    return page.evaluate(
+        """[...document.querySelectorAll("img, [role=img], figure svg, .cell_output svg")]
+            .filter(e => !e.closest("[aria-hidden=true]") && !e.closest("mjx-container"))
+            .filter(e => !(e.getAttribute("alt") ?? e.getAttribute("aria-label")
+                           ?? e.querySelector(":scope > title")?.textContent ?? "").trim()
+                         && !e.getAttribute("aria-labelledby"))
+            .map(e => e.outerHTML.slice(0, 120))"""
+    )
+
+
+def beyond_the_right_edge(page):
+    """List what makes the page scroll sideways."""
+    return page.evaluate(
+        """() => {
+            const width = document.documentElement.clientWidth;
+            if (document.documentElement.scrollWidth <= width) return [];
+            const wide = [...document.querySelectorAll("body *")]
+                .filter(e => e.getBoundingClientRect().right > width + 1)
+                .slice(0, 5).map(e => e.outerHTML.slice(0, 120));
+            return [`${document.documentElement.scrollWidth} px`, ...wide];
+        }"""
+    )
+
+
+def headings_out_of_order(page):
+    """List what is wrong with the outline: more or fewer titles than one, a level skipped."""
+    levels = page.evaluate(
+        """[...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
+            .filter(e => e.checkVisibility()).map(e => +e.tagName[1])"""
+    )
+    skips = [f"h{a} then h{b}" for a, b in pairwise(levels) if b > a + 1]
+    return skips + ([] if levels[:1] == [1] and levels.count(1) == 1 else [f"levels {levels}"])
+
+
+def barriers(page):
+    """List what axe-core finds against level A and AA."""
+    page.add_script_tag(path=assets.assets() / "tests" / "axe.min.js")
+    found = page.evaluate(
+        "levels => axe.run(document, {runOnly: {type: 'tag', values: levels}})", LEVELS
+    )
+    return [
+        f"{violation['id']}: {node['target']} {node['html'][:160]} {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]
+
+
+def dead_links(page, host):
+    """List the links to places in this site that aren't there, anchors included."""
+    links = page.evaluate(
+        "[...document.querySelectorAll('a[href]')].map(e => e.href.baseVal ?? e.href)"
+    )
+    root = build.ROOT / "_build" / "html"
+    dead = []
+    for link in sorted({unquote(urljoin(page.url, link)) for link in links}):
+        if not link.startswith(f"{host}/"):
+            continue
+        address, _, anchor = link.removeprefix(f"{host}/").partition("#")
+        file = root / address.split("?")[0]
+        if not file.is_file() or (
+            anchor and f'id="{anchor}"' not in file.read_text(encoding="utf8")
+        ):
+            dead.append(link)
+    return dead
+
+
+@each_page
+@pytest.mark.parametrize("way", WAYS)
+def test_page(visit, path, way):
+    """Every page, in each way of reading it: nothing is amiss that a browser can tell."""
+    size, mode = WAYS[way]
+    visited = visit(path, size, mode)
+    page = visited.page
+    # Scroll through, so that whatever loads late does.
+    page.keyboard.press("End")
+    page.wait_for_load_state("networkidle")
+    amiss = {
+        "asked of other hosts": visited.elsewhere,
+        "errors logged": visited.complaints,
+        "mathematics": mathematics_not_rendered(page),
+        "pictures without text": pictures_without_alternative_text(page),
+        "headings": headings_out_of_order(page),
+        "dead links": dead_links(page, visited.host) if way == "desktop" else [],
+        "accessibility": barriers(page),
+        "sideways": beyond_the_right_edge(page),
+    }
+    if way == "phone":
+        page.set_viewport_size({"width": 320, "height": 640})
+        amiss["sideways at 320 px"] = beyond_the_right_edge(page)
+    assert {what: found for what, found in amiss.items() if found} == {}
+
+
+def test_the_first_page_is_reached(visit):
+    page = visit("book/preface.html").page
+    page.goto(page.url.replace("book/preface.html", "index.html"))
+    page.wait_for_url("**/book/preface.html")
+
+
+@each_chapter
+def test_every_slider_changes_its_picture(visit, path):
+    page = visit(path).page
+    explorers = page.locator(".affnb-explore")
+    assert explorers.count() >= 1, "a chapter has a widget"
+    for i in range(explorers.count()):
+        explorer = explorers.nth(i)
+        # Of the sliders, the pictures and the caption, the pictures: the only box that is not a column.
+        frames = explorer.locator(":scope > .widget-box:not(.widget-vbox)")
+        handles = explorer.get_by_role("slider")
+        assert handles.count() >= 1
+        for j in range(handles.count()):
+            handle = handles.nth(j)
+            handle.scroll_into_view_if_needed()
+            handle.focus()
+            # From the end of the scale nothing lies further right, so begin at its start.
+            page.keyboard.press("Home")
+            page.wait_for_timeout(150)
+            says = handle.get_attribute("aria-valuetext")
+            before = frames.screenshot()
+            page.keyboard.press("ArrowRight")
+            page.wait_for_timeout(150)
+            after = frames.screenshot()
+            assert before != after, f"slider {j + 1} of widget {i + 1} moves nothing"
+            assert handle.get_attribute("aria-label"), "a slider says what it is"
+            assert handle.get_attribute("aria-valuetext") not in (None, "", says)
+
+
+@each_chapter
+def test_sliders_can_be_moved_by_touch(visit, path):
+    page = visit(path, PHONE).page
+    track = page.locator(".affnb-explore .noUi-target").first
+    track.scroll_into_view_if_needed()
+    handle = page.locator(".affnb-explore").first.get_by_role("slider").first
+    before = handle.get_attribute("aria-valuetext")
+    box = track.bounding_box()
+    assert box["width"] >= 150, "there is room to move"
+    target = 0.98 if float(handle.get_attribute("aria-valuenow")) == 0 else 0.02
+    page.touchscreen.tap(box["x"] + target * box["width"], box["y"] + box["height"] / 2)
+    page.wait_for_timeout(400)
+    assert handle.get_attribute("aria-valuetext") != before
+
+
+def test_a_search_finds_the_chapter(visit):
+    chapter = chapters.list_chapters()[0]
+    page = visit(f"search.html?q={chapter.title.split()[-1]}").page
+    page.wait_for_selector("#search-results li a")
+    assert page.locator(f"#search-results a[href*='{chapter.method}']").count() >= 1
+
+
+@each_chapter
+def test_a_chapter_weighs_little(site, path):
+    """A page with all that it loads is at most 3 MB as a server sends it (compressed)."""
+    import gzip
+
+    root = build.ROOT / "_build" / "html"
+    html = (root / path).read_bytes()
+    vendor = root / "_static" / "vendor"
+    loaded = [
+        html,
+        (vendor / "mathjax" / "tex-mml-chtml.js").read_bytes(),
+        (vendor / "embed-amd.js").read_bytes(),
+        (vendor / "require.js").read_bytes(),
+    ]
+    # The theme's own scripts, styles and fonts come to about 0.5 MB.
+    assert sum(len(gzip.compress(part)) for part in loaded) < 2_500_000
+
+
+@each_chapter
+def test_the_download_is_the_source(site, path):
+    """What a reader downloads has no outputs, and a set-up cell that finds the package."""
+    import nbformat
+
+    file = build.ROOT / "_build" / "html" / "_sources" / Path(path).with_suffix(".ipynb")
+    notebook = nbformat.read(file, as_version=4)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in code)
+    setup = [cell for cell in code if "setup" in cell["metadata"].get("tags", [])]
+    assert len(setup) == 1
+    assert "REPOSITORY = " in setup[0]["source"]
+
+
+@each_chapter
+def test_a_chapter_can_be_launched_and_edited(visit, path):
+    page = visit(path).page
+    url, branch = build.address(yaml.safe_load((build.ROOT / "_config.yml").read_text()))
+    colab = page.locator(".dropdown-launch-buttons a").first.get_attribute("href")
+    edit = page.locator("a.btn-source-edit-button").first.get_attribute("href")
+    source = path.replace(".html", ".ipynb")
+    if url.startswith("https://github.com/"):
+        name = url.removeprefix("https://github.com/")
+        assert colab == f"https://colab.research.google.com/github/{name}/blob/{branch}/{source}"
+        assert edit == f"{url}/edit/{branch}/{source}"
+    elif build.is_neutral(url):
+        assert colab.endswith("book/running.html#colab")
+        assert edit.endswith("book/running.html#repository")

