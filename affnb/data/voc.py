@@ -1,0 +1,121 @@
+"""PASCAL VOC 2012 for semantic segmentation, with instance counts, for ``profile="full"``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_one_of, check_positive
+
+__all__ = ["VOCSample", "VOCSegmentation2012"]
+
+_CLASSES, _IGNORE = 21, 255
+_MEAN, _STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # of ImageNet, as torchvision's weights want
+_SIDE = 512  # test images have at most 500 pixels a side; all are padded to this
+
+
+class VOCSample(NamedTuple):
+    """One image.
+
+    Attributes
+    ----------
+    image
+        (3, H, W) float32, normalised as torchvision's ImageNet weights expect; 0 where padded.
+    labels
+        (H, W) int64: 0 background, 1 to 20 the classes in alphabetical order, 255 ignored or padded.
+    instances
+        (21,) int64: how many objects of each class there are (1 background); all 0 in training.
+    """
+
+    image: Tensor
+    labels: Tensor
+    instances: Tensor
+
+
+class VOCSegmentation2012(torch.utils.data.Dataset[VOCSample]):
+    """Images and label maps of PASCAL VOC 2012 (Everingham et al., 2010), through torchvision.
+
+    Parameters
+    ----------
+    root
+        Folder of the data, in torchvision's layout; filled when ``download`` is true.
+    split
+        ``"train"`` (1,464 images) or ``"val"`` (1,449).
+    crop
+        ``None`` for testing: whole images, padded to 512 pixels a side. An integer for training: random
+        mirroring, resizing by 0.5 to 2 and cropping to this side, from PyTorch's global generator.
+    download
+        Download what is missing (2 GB). Default ``True``.
+
+    Raises
+    ------
+    ImportError
+        torchvision is not installed: ``pip install 'affnb[data]'``.
+    ValueError
+        Another split, or a crop that is not positive.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str, *, crop: int | None = None, download: bool = True
+    ) -> None:
+        check_one_of(split, "split", ("train", "val"))
+        if crop is not None:
+            check_positive(crop, "crop")
+        try:
+            from torchvision.datasets import VOCSegmentation
+        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+            raise ImportError(
+                "VOCSegmentation2012: expected torchvision, which is missing or does not match torch; "
+                "install it with pip install 'affnb[data]'"
+            ) from error
+        self.crop = crop
+        self.pairs = VOCSegmentation(str(root), year="2012", image_set=split, download=download)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> VOCSample:
+        import numpy as np
+        from PIL import Image
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as tvf
+
+        picture, annotation = self.pairs[index]
+        image = tvf.normalize(tvf.to_tensor(picture), _MEAN, _STD)
+        labels = torch.from_numpy(np.array(annotation, dtype=np.int64))
+        instances = torch.zeros(_CLASSES, dtype=torch.int64)
+        if self.crop is None:
+            # The object masks lie beside the class masks; an object's class is that of its pixels.
+            path = Path(self.pairs.targets[index])
+            objects = np.array(Image.open(path.parents[1] / "SegmentationObject" / path.name))
+            for number in np.unique(objects[(objects > 0) & (objects < _IGNORE)]):
+                inside = labels[torch.from_numpy(objects == number)]
+                instances[
+                    torch.bincount(inside[inside < _CLASSES], minlength=_CLASSES).argmax()
+                ] += 1
+            instances[0] = 1
+            side = _SIDE
+        else:
+            side = self.crop
+            scale = float(torch.empty(()).uniform_(0.5, 2.0))
+            size = [max(1, round(scale * length)) for length in labels.shape]
+            image = tvf.resize(image, size, antialias=True)
+            # Nearest: no new label may appear.
+            labels = tvf.resize(labels[None], size, InterpolationMode.NEAREST)[0]
+            if torch.rand(()) < 0.5:
+                image, labels = image.flip(-1), labels.flip(-1)
+        height, width = labels.shape
+        pad = [0, max(0, side - width), 0, max(0, side - height)]
+        image = torch.nn.functional.pad(image, pad)
+        labels = torch.nn.functional.pad(labels, pad, value=_IGNORE)
+        if self.crop is not None:
+            top, left = (int(torch.randint(n - side + 1, ())) for n in labels.shape)
+            image = image[:, top : top + side, left : left + side]
+            labels = labels[top : top + side, left : left + side]
+        return VOCSample(image, labels, instances)

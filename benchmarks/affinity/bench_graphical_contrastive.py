@@ -1,0 +1,88 @@
+"""Graphical contrastive losses: ours, the literal loops, and what one would write in PyTorch first."""
+
+from __future__ import annotations
+
+import torch
+
+from affnb.affinity.graphical_contrastive import (
+    entity_class_aware_loss,
+    graphical_contrastive_loss,
+)
+from benchmarks.harness import Case, Step
+
+OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (an axis of classes)"
+CLASSES, PREDICATES = 150, 50  # Visual Genome's
+
+
+def spread_loss(
+    phi: torch.Tensor, pos: torch.Tensor, subj_cls: torch.Tensor, obj_cls: torch.Tensor
+) -> torch.Tensor:
+    """The entity class aware loss with every pair once for each class: ``(B, S, O, C)``."""
+    total = phi.new_zeros(())
+    for p, m, classes in ((phi, pos, obj_cls), (phi.mT, pos.mT, subj_cls)):
+        of_class = classes[:, None, :, None] == torch.arange(CLASSES, device=phi.device)
+        least = torch.where(m[..., None] & of_class, p[..., None], 2.0).amin(2)
+        most = torch.where(~m[..., None] & of_class, p[..., None], -2.0).amax(2)
+        present = least < 2
+        hinge = torch.relu(0.2 - (least - most)) * (present & (most > -2))
+        groups = present.sum(-1)
+        total = total + (hinge.sum(-1) / groups.clamp(min=1)).sum() / (groups > 0).sum()
+    return total
+
+
+def graph(shape: dict[str, int], device: str) -> tuple[torch.Tensor, ...]:
+    """About two relations an entity; labels, and classes of subjects and objects."""
+    torch.manual_seed(0)
+    B, N = shape["images"], shape["N"]
+    truth = torch.randint(1, PREDICATES + 1, (B, N, N), device=device)
+    truth *= torch.rand(B, N, N, device=device) < 2 / N
+    classes = [torch.randint(CLASSES, (B, N), device=device) for _ in range(2)]
+    return (truth, *classes)
+
+
+def setup_entity(implementation: str, shape: dict[str, int], device: str) -> Step:
+    truth, subj_cls, obj_cls = graph(shape, device)
+    phi, pos, neg = torch.rand(truth.shape, device=device), truth > 0, truth == 0
+    phi.requires_grad_()
+
+    def step() -> None:
+        phi.grad = None
+        if implementation == PYTORCH:
+            loss = spread_loss(phi, pos, subj_cls, obj_cls)
+        else:
+            backend = "auto" if implementation == OURS else "reference"
+            loss = entity_class_aware_loss(phi, pos, neg, subj_cls, obj_cls, backend=backend)
+        loss.backward()
+
+    return step
+
+
+def setup_total(implementation: str, shape: dict[str, int], device: str) -> Step:
+    truth, subj_cls, obj_cls = graph(shape, device)
+    logits = torch.randn(*truth.shape, PREDICATES + 1, device=device).requires_grad_()
+    backend = "auto" if implementation == OURS else "reference"
+
+    def step() -> None:
+        logits.grad = None
+        parts = graphical_contrastive_loss(logits, truth, subj_cls, obj_cls, backend=backend)
+        parts["loss"].backward()
+
+    return step
+
+
+def cases(device: str) -> list[Case]:
+    found = []
+    for n in (32, 64, 128, 256, 512):  # entities an image; 512 is the paper's bound
+        shape, small = {"images": 2, "N": n}, {"images": 2, "N": 8}
+        # The loops index pair by pair; the axis of classes makes 150 copies of every pair.
+        names = [OURS] + [LITERAL] * (n <= 64) + [PYTORCH] * (n <= 256)
+        found += [
+            Case("entity_class_aware_loss", name, shape, setup_entity, small) for name in names
+        ]
+    for n in (32, 64, 128, 256):
+        shape, small = {"images": 2, "N": n}, {"images": 2, "N": 8}
+        names = [OURS] + [LITERAL] * (n <= 64)
+        found += [
+            Case("graphical_contrastive_loss", name, shape, setup_total, small) for name in names
+        ]
+    return found
