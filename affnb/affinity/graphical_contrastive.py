@@ -1122,8 +1122,8 @@ class Relations(NamedTuple):
     ...     boxes=torch.tensor([[[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 4.0, 2.0]]]),
     ...     score=torch.tensor([0.9]),
     ... )
-    >>> recall_at_k(one, one, [20])
-    tensor([1.])
+    >>> recall_at_k(one, one, [20]).tolist()
+    [1.0]
     """
 
     image: Tensor
