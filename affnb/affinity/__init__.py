@@ -11,6 +11,15 @@ from affnb.affinity.affinity_mass import (
     relation_target,
     same_class_target,
 )
+from affnb.affinity.dilated_affinity import (
+    AffinityHead,
+    DilatedAffinityLoss,
+    dilated_affinity_target,
+    dilated_offsets,
+    neighbour_count_frequencies,
+    propagate_affinity,
+    steep_sigmoid,
+)
 from affnb.affinity.graphical_contrastive import (
     Relations,
     anchor_margin,
@@ -30,7 +39,9 @@ from affnb.affinity.graphical_contrastive import (
 )
 
 __all__ = [
+    "AffinityHead",
     "BatchAffinityLoss",
+    "DilatedAffinityLoss",
     "Relations",
     "affinity_mass",
     "affinity_mass_loss",
@@ -38,19 +49,24 @@ __all__ = [
     "batch_affinity_loss",
     "box_delta",
     "class_agnostic_loss",
+    "dilated_affinity_target",
+    "dilated_offsets",
     "entity_class_aware_loss",
     "frequency_prior",
     "graphical_contrastive_loss",
     "log_affinity_mass",
+    "neighbour_count_frequencies",
     "normalised_box",
     "pair_affinity",
     "pair_recall_at_k",
     "pairwise_sq_dist",
     "predicate_class_aware_loss",
+    "propagate_affinity",
     "recall_at_k",
     "relation_target",
     "same_class_target",
     "spatial_pair_feature",
+    "steep_sigmoid",
     "top_relations",
     "union_box",
     "weighted_map",

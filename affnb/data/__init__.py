@@ -6,6 +6,7 @@ Nothing here is downloaded unless a function's name and documentation say so.
 from .bundled import Digits, digits
 from .datasets import cifar
 from .procedural import RelationScenes, relation_scenes
+from .regions import SpeckledRegions, speckled_regions
 from .scene_graphs import SceneGraphs, scene_graphs
 from .segmentation import ShapeScenes, shape_scenes
 from .visual_genome import RelationImage, VisualGenomeRelations
@@ -16,10 +17,12 @@ __all__ = [
     "RelationScenes",
     "SceneGraphs",
     "ShapeScenes",
+    "SpeckledRegions",
     "VisualGenomeRelations",
     "cifar",
     "digits",
     "relation_scenes",
     "scene_graphs",
     "shape_scenes",
+    "speckled_regions",
 ]

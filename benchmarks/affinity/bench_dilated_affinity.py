@@ -1,0 +1,96 @@
+"""Dilated affinity: ours, the printed equations, and what one would write in PyTorch first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from affnb.affinity import (
+    DilatedAffinityLoss,
+    dilated_affinity_target,
+    dilated_offsets,
+    neighbour_count_frequencies,
+    propagate_affinity,
+)
+from benchmarks.harness import Case, Step
+
+OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (unfold)"
+RATES = (8, 16)
+
+
+def unfolded_propagation(
+    prob: torch.Tensor, affinity: torch.Tensor, rates: tuple[int, ...], iterations: int
+) -> torch.Tensor:
+    batch, classes, height, width = prob.shape
+    for _ in range(iterations):
+        v = 6.0 * prob * prob.amax(1, keepdim=True)
+        for r, rate in enumerate(rates):
+            around = F.unfold(prob, 3, dilation=rate, padding=rate)
+            around = around.view(batch, classes, 9, height, width)
+            around = torch.cat([around[:, :, :4], around[:, :, 5:]], 2)
+            v = v + (affinity[:, None, 8 * r : 8 * r + 8] * around).sum(2)
+        prob = v / v.sum(1, keepdim=True)
+    return prob
+
+
+def setup_propagation(implementation: str, shape: dict[str, int], device: str) -> Step:
+    torch.manual_seed(0)
+    batch, classes, side = shape["B"], shape["C"], shape["H"]
+    rates = tuple(r for r in RATES if r < side) or (1,)
+    offsets = dilated_offsets(rates)
+    prob = torch.randn(batch, classes, side, side, device=device).softmax(1).requires_grad_()
+    affinity = torch.rand(batch, len(offsets), side, side, device=device).requires_grad_()
+    steps = shape["steps"]
+
+    def step() -> None:
+        prob.grad = affinity.grad = None
+        if implementation == PYTORCH:
+            refined = unfolded_propagation(prob, affinity, rates, steps)
+        else:
+            backend = "auto" if implementation == OURS else "reference"
+            refined = propagate_affinity(prob, affinity, offsets, iterations=steps, backend=backend)
+        refined.square().sum().backward()
+
+    return step
+
+
+def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
+    torch.manual_seed(0)
+    batch, side = shape["B"], shape["H"]
+    rates = tuple(r for r in RATES if r < side) or (1,)
+    offsets = dilated_offsets(rates)
+    # Regions of 24 pixels, so that most pairs are positive as in photographs.
+    coarse = torch.randint(0, 21, (batch, side // 24 + 1, side // 24 + 1), device=device)
+    labels = coarse.repeat_interleave(24, 1).repeat_interleave(24, 2)[:, :side, :side]
+    target, valid = dilated_affinity_target(labels, offsets)
+    freqs = neighbour_count_frequencies(target, valid, len(rates))
+    backend = "auto" if implementation == OURS else "reference"
+    criterion = DilatedAffinityLoss(freqs, backend=backend)
+    logits = torch.randn(target.shape, device=device).requires_grad_()
+
+    def step() -> None:
+        logits.grad = None
+        criterion(logits, target, valid).backward()
+
+    return step
+
+
+def cases(device: str) -> list[Case]:
+    found = []
+    small = {"B": 1, "C": 3, "H": 8, "steps": 2}
+    # The literal form visits each pixel from Python; unfold keeps 18 copies of the probabilities a step.
+    for side, names in (
+        (12, [OURS, LITERAL, PYTORCH]),
+        (60, [OURS, PYTORCH]),
+        (240, [OURS, PYTORCH]),
+    ):
+        shape = {"B": 1, "C": 21, "H": side, "steps": 10}
+        found += [
+            Case("propagate_affinity", name, shape, setup_propagation, small) for name in names
+        ]
+    for side in (60, 240):
+        shape, tiny = {"B": 4, "H": side}, {"B": 1, "H": 8}
+        found += [
+            Case("DilatedAffinityLoss", name, shape, setup_loss, tiny) for name in (OURS, LITERAL)
+        ]
+    return found
