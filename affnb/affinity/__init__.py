@@ -1,5 +1,15 @@
 """Supervising affinity: losses on matrices of pairwise weights."""
 
+from affnb.affinity.affinity_fields import (
+    AdaptiveAffinityFieldLoss,
+    affinity_field_terms,
+    bernoulli_kl_with_logits,
+    boundary_scores,
+    class_logits,
+    instance_iou,
+    neighbour_offsets,
+    shifted_pair,
+)
 from affnb.affinity.affinity_mass import (
     BatchAffinityLoss,
     affinity_mass,
@@ -39,23 +49,30 @@ from affnb.affinity.graphical_contrastive import (
 )
 
 __all__ = [
+    "AdaptiveAffinityFieldLoss",
     "AffinityHead",
     "BatchAffinityLoss",
     "DilatedAffinityLoss",
     "Relations",
+    "affinity_field_terms",
     "affinity_mass",
     "affinity_mass_loss",
     "anchor_margin",
     "batch_affinity_loss",
+    "bernoulli_kl_with_logits",
+    "boundary_scores",
     "box_delta",
     "class_agnostic_loss",
+    "class_logits",
     "dilated_affinity_target",
     "dilated_offsets",
     "entity_class_aware_loss",
     "frequency_prior",
     "graphical_contrastive_loss",
+    "instance_iou",
     "log_affinity_mass",
     "neighbour_count_frequencies",
+    "neighbour_offsets",
     "normalised_box",
     "pair_affinity",
     "pair_recall_at_k",
@@ -65,6 +82,7 @@ __all__ = [
     "recall_at_k",
     "relation_target",
     "same_class_target",
+    "shifted_pair",
     "spatial_pair_feature",
     "steep_sigmoid",
     "top_relations",

@@ -51,6 +51,7 @@ from affnb.distributed import (
     gather_with_grad,
     raise_together,
 )
+from affnb.kernels import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -1087,6 +1088,7 @@ class _BatchValue(torch.autograd.Function):
         return grads[0] * gradient, None, None, None, None
 
 
+@uncompiled  # the sweep follows the labels' values, which a traced graph cannot
 def _batch_auto(
     features: Tensor,
     labels: Tensor,
@@ -1230,12 +1232,7 @@ def batch_affinity_loss(
     x = _at_least_float32(features)
     if backend == "reference":
         return _batch_reference(x, labels, form, float(gamma), include_self, group)
-    sweep = _batch_auto
-    if torch.compiler.is_compiling():
-        # The sweep follows the labels' values, which a traced graph cannot: it runs as it is.
-        # (As a decorator, disable would make every import of affnb import the compiler.)
-        sweep = torch.compiler.disable(_batch_auto)  # type: ignore[no-untyped-call]
-    return sweep(x, labels, form, float(gamma), include_self, group)
+    return _batch_auto(x, labels, form, float(gamma), include_self, group)
 
 
 def _batch_reference(

@@ -34,6 +34,7 @@ from affnb.checks import (
     check_shape,
     check_tensor,
 )
+from affnb.kernels import uncompiled
 
 __all__ = [
     "AffinityHead",
@@ -416,7 +417,7 @@ class _WeightedFocal(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _weighted_focal(
     logits: Tensor, target: Tensor, valid: Tensor, table: Tensor, gamma: float
 ) -> Tensor:
@@ -857,7 +858,7 @@ class _Propagate(torch.autograd.Function):
         return grad_p, grad_a, None, None, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _propagate_auto(
     prob: Tensor,
     affinity: Tensor,

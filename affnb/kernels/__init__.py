@@ -1,4 +1,4 @@
-"""Fused GPU kernels, imported only by what runs them.
+"""Fused GPU kernels, imported only by what runs them, and how operations meet the compiler.
 
 Importing this package costs nothing: Triton is looked up the first time that it is asked for, so a
 machine without it (or without a GPU) uses every operation of ``affnb`` through PyTorch alone.
@@ -6,9 +6,40 @@ machine without it (or without a GPU) uses every operation of ``affnb`` through 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["triton_available"]
+import torch
+
+__all__ = ["triton_available", "uncompiled"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function run as it is under ``torch.compile`` (a graph break).
+
+    For loops that follow the data's values, or that keep nothing on purpose, which tracing would undo.
+    It does what the decorator ``torch.compiler.disable`` does, which however makes every import of
+    ``affnb`` import the whole compiler.
+
+    Examples
+    --------
+    >>> uncompiled(len)([1, 2])
+    2
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            as_it_is: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            result: R = as_it_is(*args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return run
 
 
 @cache
