@@ -848,7 +848,8 @@ def affinity_field_terms(
     Memory beyond the input: blocks, together less than twice the logits, or 3 MB if that is more;
     backward, the gradient besides. The gradient is made from recomputed blocks:
     it cannot be differentiated again. Under ``torch.compile`` the sweep runs uncompiled (a graph
-    break). Half precision is widened block by block.
+    break). Half precision is widened block by block; its gradient is summed in single precision, a few
+    images at a time.
 
     Examples
     --------

@@ -62,7 +62,7 @@ def cases(device: str) -> list[Case]:
     # Crops of 336 and 480 pixels at stride 8 with VOC's 21 classes, then maps at full resolution.
     for batch, side in ((8, 42), (16, 60), (4, 120), (16, 240)):
         shape, small = {"B": batch, "C": 21, "H=W": side}, {"B": 1, "C": 21, "H=W": 8}
-        # The others hold some 30 (literal) and 100 (unfold) times the logits at once.
+        # The others hold 120 (literal) and 190 (unfold) times the logits at once.
         names = [OURS] + [LITERAL, PYTORCH] * (batch * side**2 <= 60_000)
         found += [Case("affinity_fields", name, shape, setup, small) for name in names]
     return found
