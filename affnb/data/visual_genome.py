@@ -72,7 +72,7 @@ class VisualGenomeRelations(torch.utils.data.Dataset[RelationImage]):
     def __init__(self, root: str | Path, split: str = "train") -> None:
         check_one_of(split, "split", ("train", "val", "test"))
         try:
-            import h5py  # type: ignore[import-not-found, unused-ignore]
+            import h5py
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise ImportError(
