@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from affnb.data import cifar, digits, relation_scenes
+from affnb.data.voc import VOCSegmentation2012
 
 SEEDS = range(25)
 
@@ -229,3 +230,29 @@ def test_importing_the_room_imports_no_heavy_library():
         "assert 'affnb' in new and not heavy & new, heavy & new\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_voc_train_aug_adds_what_is_neither_validated_on_nor_there_already(monkeypatch, tmp_path):
+    images = {"train": ["a.jpg", "b.jpg"], "val": ["v.jpg"]}
+    extra = {"train": ["a.jpg", "s.jpg"], "val": ["v.jpg", "t.jpg"]}
+
+    class Voc(list):
+        def __init__(self, root, year, image_set, download):
+            self.images = [f"{root}/JPEGImages/{name}" for name in images[image_set]]
+            super().__init__(self.images)
+
+    class Sbd(list):
+        def __init__(self, root, image_set, mode, download):
+            assert mode == "segmentation"
+            self.images = [f"{root}/img/{name}" for name in extra[image_set]]
+            super().__init__(self.images)
+
+    module = types.ModuleType("torchvision.datasets")
+    module.VOCSegmentation, module.SBDataset = Voc, Sbd
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+    data = VOCSegmentation2012(tmp_path, "train_aug", crop=8)
+    names = [Path(data.pairs[i]).name for i in range(len(data))]
+    assert names == ["a.jpg", "b.jpg", "s.jpg", "t.jpg"]
+    with pytest.raises(ValueError, match=r"split: expected one of 'train', 'train_aug', 'val'"):
+        VOCSegmentation2012(tmp_path, "test")

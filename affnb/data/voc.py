@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ class VOCSegmentation2012(torch.utils.data.Dataset[VOCSample]):
     root
         Folder of the data, in torchvision's layout; filled when ``download`` is true.
     split
-        ``"train"`` (1,464 images) or ``"val"`` (1,449).
+        ``"train"`` (1,464 images), ``"val"`` (1,449), or ``"train_aug"``: training images with those of
+        the Semantic Boundaries Dataset (Hariharan et al., 2011) that VOC does not validate on, the
+        10,582 images that most papers train on. VOC's own annotation is taken where there are two.
     crop
         ``None`` for testing: whole images, padded to 512 pixels a side. An integer for training: random
         mirroring, resizing by 0.5 to 2 and cropping to this side, from PyTorch's global generator.
@@ -64,18 +66,38 @@ class VOCSegmentation2012(torch.utils.data.Dataset[VOCSample]):
     def __init__(
         self, root: str | Path, split: str, *, crop: int | None = None, download: bool = True
     ) -> None:
-        check_one_of(split, "split", ("train", "val"))
+        check_one_of(split, "split", ("train", "train_aug", "val"))
         if crop is not None:
             check_positive(crop, "crop")
         try:
-            from torchvision.datasets import VOCSegmentation
+            from torchvision.datasets import SBDataset, VOCSegmentation
         except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
             raise ImportError(
                 "VOCSegmentation2012: expected torchvision, which is missing or does not match torch; "
                 "install it with pip install 'affnb[data]'"
             ) from error
         self.crop = crop
-        self.pairs = VOCSegmentation(str(root), year="2012", image_set=split, download=download)
+
+        def own(image_set: str) -> Any:
+            return VOCSegmentation(str(root), year="2012", image_set=image_set, download=download)
+
+        if split != "train_aug":
+            self.pairs = own(split)
+            return
+        train = own("train")
+        taken = {Path(name).stem for part in (train, own("val")) for name in part.images}
+        parts = [train]
+        for image_set in ("train", "val"):  # SBD's own halves, which VOC's cut across
+            folder = Path(root) / "sbd"
+            more = SBDataset(
+                str(folder),
+                image_set=image_set,
+                mode="segmentation",
+                download=download and not (folder / "img").exists(),
+            )
+            fresh = [i for i, name in enumerate(more.images) if Path(name).stem not in taken]
+            parts.append(torch.utils.data.Subset(more, fresh))
+        self.pairs = torch.utils.data.ConcatDataset(parts)
 
     def __len__(self) -> int:
         return len(self.pairs)
