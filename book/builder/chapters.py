@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -117,6 +118,16 @@ def _module_file(name: str, root: Path) -> Path | None:
     return None
 
 
+_one_at_a_time = threading.Lock()
+
+
+def _parse(source: str) -> ast.AST:
+    # Chapters run in threads, and CPython 3.11 counts the depth of all its parsers in one place: two at
+    # once can end in "AST constructor recursion depth mismatch".
+    with _one_at_a_time:
+        return ast.parse(source)
+
+
 def _imported(tree: ast.AST, package: str) -> set[str]:
     """Name everything that a syntax tree may import from affnb, wherever in it.
 
@@ -156,7 +167,7 @@ def reachable(notebook: Path, root: Path = ROOT) -> list[Path]:
             line for line in cell["source"].splitlines() if not line.lstrip().startswith(("%", "!"))
         ]
         try:
-            todo += _imported(ast.parse("\n".join(lines)), "")
+            todo += _imported(_parse("\n".join(lines)), "")
         except SyntaxError:
             return sorted(
                 f
@@ -173,7 +184,7 @@ def reachable(notebook: Path, root: Path = ROOT) -> list[Path]:
             continue
         files.add(file)
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        todo += _imported(ast.parse(file.read_text()), package)
+        todo += _imported(_parse(file.read_text()), package)
         # A module may read what lies beside it.
         files |= {
             f
