@@ -285,7 +285,7 @@ def map_svg(chapters: Sequence[Chapter]) -> str:
         x, top = place[chapter.name]
         lines = _wrapped(chapter.title)
         first = top + BOX_H / 2 + 5 - 9 * (len(lines) - 1)
-        texts = "".join(
+        texts = " ".join(  # a space, so that a title over two lines still reads as its words
             f'<text x="{x + BOX_W / 2:g}" y="{first + 18 * i:g}">{html.escape(line)}</text>'
             for i, line in enumerate(lines)
         )
