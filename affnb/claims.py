@@ -10,12 +10,13 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .checks import check_one_of
+from .training import Summary
 
-__all__ = ["MIME", "VERDICTS", "anchor", "badge", "claim", "record"]
+__all__ = ["MIME", "VERDICTS", "anchor", "badge", "claim", "record", "settle"]
 
 #: The MIME type of a recorded claim in a notebook's outputs.
 MIME = "application/vnd.affnb.claim+json"
@@ -127,3 +128,62 @@ def record(id: str, statement: str, verdict: str, evidence: Mapping[str, Any]) -
     )
     plain = f"[{verdict}] {statement} {json.dumps(made['evidence'])}"
     display({MIME: made, "text/markdown": card, "text/plain": plain}, raw=True)
+
+
+def settle(
+    id: str,
+    statement: str,
+    criterion: str,
+    gain: Summary,
+    *,
+    seeds: Iterable[int],
+    note: str,
+    shown_above: float = 0.0,
+) -> str:
+    """Record the verdict that the 95 % confidence interval of a gain gives.
+
+    *Measured* when the whole interval lies above ``shown_above``; *refuted here* when all of it lies
+    below 0 (below ``shown_above``, if that is lower); otherwise *not shown at this scale*.
+
+    Parameters
+    ----------
+    id, statement
+        As in `record`.
+    criterion
+        What was stated before the run.
+    gain
+        The gain, paired by seed: `affnb.training.paired_difference` of method and baseline.
+    seeds
+        The seeds it was measured with.
+    note
+        The setting (the reason, when nothing could be shown).
+    shown_above
+        The gain from which on the claim counts as shown. Default 0. For a claim that something costs
+        nothing, or is no better, give the loss, minus the largest one that you would call nothing:
+        "a gains at most 0.01 over b" is ``settle(..., paired_difference(b, a), shown_above=-0.01)``.
+
+    Returns
+    -------
+    str
+        The verdict.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `record`.
+    """
+    if gain.low > shown_above:
+        verdict = "measured"
+    elif gain.high < min(0.0, shown_above):
+        verdict = "refuted here"
+    else:
+        verdict = "not shown at this scale"
+    evidence = {
+        "criterion": criterion,
+        "effect": gain.mean,
+        "spread": f"95 % interval {gain.low:.3g} to {gain.high:.3g}",
+        "seeds": list(seeds),
+        "reason" if verdict.startswith("not") else "setting": note,
+    }
+    record(id, statement, verdict, evidence)
+    return verdict

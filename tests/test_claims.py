@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from affnb import claims
+from affnb.training import summarise
 
 ENOUGH = {
     "method": "SymPy",
@@ -143,3 +144,34 @@ def test_the_scoreboards_link_is_the_cards_id(shown):
 def test_badge_names_the_verdict_and_its_meaning(verdict):
     assert f">{verdict}<" in claims.badge(verdict)
     assert 'title="' in claims.badge(verdict)
+
+
+@pytest.mark.parametrize(
+    ("gains", "shown_above", "verdict"),
+    [
+        ([0.4, 0.5, 0.6], 0.0, "measured"),
+        ([-0.4, -0.5, -0.6], 0.0, "refuted here"),
+        ([-0.5, 0.1, 0.6], 0.0, "not shown at this scale"),
+        ([0.4, 0.5, 0.6], 0.5, "not shown at this scale"),  # a gain, but less than asked for
+        ([-0.4, -0.5, -0.6], 0.5, "refuted here"),
+        ([-0.004, -0.005, -0.006], -0.01, "measured"),  # costs less than 0.01, though something
+        ([-0.04, -0.05, -0.06], -0.01, "refuted here"),
+    ],
+)
+def test_settle_gives_the_verdict_of_the_interval(shown, gains, shown_above, verdict):
+    gain = summarise(gains)
+    told = claims.settle(
+        "affinity/affinity_mass:x",
+        "It gains.",
+        "interval above it",
+        gain,
+        seeds=range(3),
+        note="toy",
+        shown_above=shown_above,
+    )
+    [(bundle, _)] = shown
+    made = bundle[claims.MIME]
+    assert told == made["verdict"] == verdict
+    assert made["evidence"]["effect"] == gain.mean
+    assert made["evidence"]["seeds"] == [0, 1, 2]
+    assert f"{gain.low:.3g} to {gain.high:.3g}" in made["evidence"]["spread"]
