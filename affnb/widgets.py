@@ -23,10 +23,15 @@ def _label(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _frame(drawn: Any, alt: str) -> str:
+def _frame(drawn: Any, alt: str | Sequence[str]) -> str:
     """Turn whatever a drawing function returned into HTML: a figure, text, or several of them."""
     if isinstance(drawn, (list, tuple)):
-        return side_by_side([_frame(part, alt) for part in drawn])
+        texts = [alt] * len(drawn) if isinstance(alt, str) else list(alt)
+        if len(texts) != len(drawn):
+            raise ValueError(f"alt: expected {len(drawn)} texts, one a picture, got {len(texts)}")
+        return side_by_side([_frame(part, text) for part, text in zip(drawn, texts, strict=True)])
+    if not isinstance(alt, str):
+        raise ValueError(f"alt: expected one text for one picture, got {len(alt)}")
     if isinstance(drawn, str):
         return drawn
     if hasattr(drawn, "savefig"):
@@ -42,7 +47,7 @@ def _frame(drawn: Any, alt: str) -> str:
 def explore(
     draw: Callable[..., Any],
     *,
-    alt: str | Callable[..., str],
+    alt: str | Sequence[str] | Callable[..., str | Sequence[str]],
     caption: str = "",
     labels: Mapping[str, str] | None = None,
     start: Mapping[str, Any] | None = None,
@@ -56,8 +61,9 @@ def explore(
         Called with one keyword argument a slider. Returns a matplotlib figure, an HTML string, an object
         with ``_repr_html_``, or a list of those, which stand side by side where there is room.
     alt
-        Alternative text of a picture: a function of the same arguments, or a format string such as
-        ``"The loss at gamma = {gamma}"``.
+        Alternative text of a picture: a format string such as ``"The loss at gamma = {gamma}"``, or a
+        function of the same arguments. Where ``draw`` returns several pictures, give a list, one text
+        for each (or a function that returns one); a single text is used for all of them.
     caption
         What to do and what to notice, below the picture (simple HTML).
     labels
@@ -76,7 +82,7 @@ def explore(
     Raises
     ------
     ValueError
-        Not one or two sliders; a slider with fewer than two values, or with two that read the same; a
+        Not one or two sliders; not one alternative text for each picture; a slider with fewer than two values, or with two that read the same; a
         label of no slider; a start that is not among the values; or frames heavier than `MAX_BYTES`
         together.
     TypeError
@@ -122,7 +128,13 @@ def explore(
     wide = ipw.Layout(width="100%")
 
     def frame(arguments: dict[str, Any]) -> Any:
-        text = alt.format(**arguments) if isinstance(alt, str) else alt(**arguments)
+        text: str | Sequence[str]
+        if callable(alt):
+            text = alt(**arguments)
+        elif isinstance(alt, str):
+            text = alt.format(**arguments)
+        else:
+            text = [each.format(**arguments) for each in alt]
         with style():
             return ipw.HTML(_frame(draw(**arguments), text), layout=wide)
 

@@ -125,6 +125,28 @@ def test_alternative_text_from_a_function():
         explore(plot, alt="", n=[1, 2])
 
 
+@pytest.mark.parametrize(
+    "alt",
+    [["rises to {n}", "falls from {n}"], lambda n: (f"rises to {n}", f"falls from {n}")],
+)
+def test_each_picture_of_a_frame_has_an_alternative_text_of_its_own(alt):
+    box = explore(lambda n: [plot(n), plot(-n)], alt=alt, n=[1, 2])
+    for n, frame in zip([1, 2], box.children[1].children, strict=True):
+        assert re.findall(r'aria-label="([^"]*)"', frame.value) == [
+            f"rises to {n}",
+            f"falls from {n}",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("draw", "alt"),
+    [(lambda n: [plot(n), plot(n)], ["only one"]), (lambda n: plot(n), ["one", "too many"])],
+)
+def test_as_many_alternative_texts_as_pictures(draw, alt):
+    with pytest.raises(ValueError, match=r"^alt: expected .*one"):
+        explore(draw, alt=alt, n=[1, 2])
+
+
 def test_identifiers_of_frames_do_not_meet():
     box = explore(plot, alt="n = {n}", n=[1, 2, 3])
     seen = [set(re.findall(r'\sid="([^"]+)"', text)) for text in texts(parts(box)[1])]
