@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from affnb.checks import (
-    check_at_least,
     check_finite,
     check_floating,
     check_labels,
@@ -77,10 +76,17 @@ _CPU_BLOCK, _CUDA_BLOCK, _SMALL_BLOCK = 2**17, 2**22, 2**14
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_size(size: Any, name: str) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__} {size!r}")
-    check_at_least(size, name, 1)
+def _check_integer(value: Any, name: str, minimum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
+
+
+def _check_all_finite(x: Tensor, name: str) -> None:
+    # A finite sum has finite terms; the full check is needed only where the sum is not.
+    if not math.isfinite(float(x.detach().sum(dtype=torch.float32))):
+        check_finite(x, name)
 
 
 def neighbour_offsets(size: int, kind: Neighbourhood = "ring8") -> list[tuple[int, int]]:
@@ -115,7 +121,7 @@ def neighbour_offsets(size: int, kind: Neighbourhood = "ring8") -> list[tuple[in
     >>> len(neighbour_offsets(2, "full"))
     24
     """
-    _check_size(size, "size")
+    _check_integer(size, "size", 1)
     check_one_of(kind, "kind", _NEIGHBOURHOODS)
     steps = (-size, 0, size) if kind == "ring8" else range(-size, size + 1)
     return [(dy, dx) for dy in steps for dx in steps if (dy, dx) != (0, 0)]
@@ -691,9 +697,9 @@ def _check_logits(logits: Tensor) -> None:
     check_floating(logits, "logits")
     if logits.shape[1] < 2:
         raise ValueError(f"logits: expected at least 2 classes, got shape {tuple(logits.shape)}")
-    # A finite sum has finite terms; the full check is needed only where the sum is not.
-    if not torch.compiler.is_compiling() and not math.isfinite(float(logits.detach().sum())):
-        check_finite(logits, "logits")
+    # Looking at values would break the graph while torch.compile traces.
+    if not torch.compiler.is_compiling():
+        _check_all_finite(logits, "logits")
 
 
 def _check_batch(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -726,10 +732,9 @@ def _check_field(
     bins: str = "channel",
 ) -> _Field:
     for size in sizes:
-        _check_size(size, name)
+        _check_integer(size, name, 1)
     check_positive(margin, "margin")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    _check_integer(ignore_index, "ignore_index")
     check_one_of(same, "same", _SAME)
     check_one_of(neighbourhood, "neighbourhood", _NEIGHBOURHOODS)
     if clip is not None:
@@ -813,10 +818,9 @@ def affinity_field_terms(
         ``None``: exact. A number, 1e-4 in the published code: p, 1 - p, q and 1 - q are each raised to
         at least that number, with no gradient where they were below.
     require_opposite
-        Whether a pair of centre i and offset d counts only where ``i - d`` too is inside the image and
-        not ignored. The published code masks pairs in this way; with ``ring8``, ``channel``,
-        ``clip=1e-4`` and this set, sums and counts are those of that code. Default ``False``: a
-        pair depends on its own two pixels alone.
+        ``False`` (default): a pair counts if its own two pixels are inside the image and not ignored.
+        ``True``, the mask of the authors' published code: with centre i and neighbour i + d, also the
+        *opposite* pixel i - d must be inside and not ignored. See Notes.
     group
         A ``torch.distributed`` process group: the means over the pairs of all ranks' images, and for
         each rank the gradient of those means in its own logits. Default ``None``: this process alone.
@@ -844,6 +848,14 @@ def affinity_field_terms(
 
     Notes
     -----
+    *Which pairs count.* The paper does not say what becomes of pairs at the frame and at ignored
+    pixels. By default a pair is dropped if one of its own two pixels is ignored or outside: nothing
+    else bears on what the pair says. The authors' code also drops it if the pixel opposite to the
+    neighbour is ignored or outside, which costs pairs along the frame and around ignored regions and
+    makes a pair count in one order but not always in the other. ``require_opposite=True, clip=1e-4``
+    with ``ring8`` and ``channel`` (the defaults) gives exactly that code's sums and counts; in
+    :class:`AdaptiveAffinityFieldLoss`, ``class_reduction="pairs"`` besides gives its loss.
+
     Time ``O(BCHW)`` for each offset of half a neighbourhood (both orders of a pair are made at once).
     Memory beyond the input: blocks, together less than twice the logits, or 3 MB if that is more;
     backward, the gradient besides. The gradient is made from recomputed blocks:
@@ -914,7 +926,8 @@ class AdaptiveAffinityFieldLoss(nn.Module):
         ``"mean"``: the mean over the C channels. ``"sum"``: their sum, as Eq. 7 is printed, C times as
         large, which is to be made up for in the loss's own weight. ``"pairs"``: as the published
         code has it, one mean over all pairs and channels, where a pair has the size weights of its
-        *centre pixel's* class; then c above is that class.
+        *centre pixel's* class; then c above is that class. With ``require_opposite=True,
+        clip=1e-4`` the loss is then exactly that of the published code.
 
     Raises
     ------
@@ -967,8 +980,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_size(num_classes, "num_classes")
-        check_at_least(num_classes, "num_classes", 2)
+        _check_integer(num_classes, "num_classes", 2)
         if len(sizes) == 0 or len(set(sizes)) < len(sizes):
             raise ValueError(f"sizes: expected one or more different integers, got {sizes!r}")
         check_one_of(weights, "weights", _WEIGHTS)
@@ -1047,7 +1059,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
 
 
 def _check_maps(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    _check_size(num_classes, "num_classes")
+    _check_integer(num_classes, "num_classes", 1)
     check_labels(prediction, "prediction", ndim=3, num_classes=num_classes)
     check_labels(labels, "labels", ndim=3, num_classes=num_classes, ignore_index=ignore_index)
     check_shape(labels, "labels", prediction.shape)
@@ -1105,9 +1117,7 @@ def boundary_scores(
     [1.0, 1.0, 0.5, 0.333]
     """
     _check_maps(prediction, labels, num_classes, ignore_index)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int):
-        raise TypeError(f"tolerance: expected an integer, got {tolerance!r}")
-    check_at_least(tolerance, "tolerance", 0)
+    _check_integer(tolerance, "tolerance", 0)
 
     def boundaries(y: Tensor, valid: Tensor) -> Tensor:
         found = torch.zeros_like(valid)

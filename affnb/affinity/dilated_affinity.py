@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from affnb.affinity.affinity_fields import _check_all_finite, _check_integer, _span
 from affnb.checks import (
     check_at_least,
     check_bool,
@@ -66,14 +67,6 @@ _Window = tuple[Any, slice, slice]
 # --------------------------------------------------------------------------------------------------
 # Offsets, targets, statistics
 # --------------------------------------------------------------------------------------------------
-
-
-def _count(value: Any, name: str, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
-    return value
 
 
 def dilated_offsets(rates: Sequence[int | tuple[int, int]], *, both: bool = False) -> Tensor:
@@ -122,7 +115,9 @@ def dilated_offsets(rates: Sequence[int | tuple[int, int]], *, both: bool = Fals
         pair = rate if isinstance(rate, tuple) else (rate, rate)
         if len(pair) != 2:
             raise TypeError(f"rates: expected integers or pairs of integers, got {rate!r}")
-        down, right = (_count(r, "rates", 1) for r in pair)
+        for r in pair:
+            _check_integer(r, "rates", 1)
+        down, right = pair
         pairs.append((down, right))
         if both and down != right:
             pairs.append((right, down))
@@ -153,14 +148,6 @@ def _check_offsets(offsets: Any, height: int, width: int) -> list[tuple[int, int
     return steps
 
 
-def _overlap(step: int, size: int) -> tuple[slice, slice]:
-    """Slices of the pixels whose neighbour ``step`` further is inside, and of those neighbours."""
-    start, stop = max(0, -step), size - max(0, step)
-    if start >= stop:
-        return slice(0, 0), slice(0, 0)
-    return slice(start, stop), slice(start + step, stop + step)
-
-
 def _pairs(
     steps: list[tuple[int, int]], height: int, width: int
 ) -> list[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
@@ -170,8 +157,8 @@ def _pairs(
     """
     found = []
     for k, (dy, dx) in enumerate(steps):
-        (rows, far_rows), (columns, far_columns) = _overlap(dy, height), _overlap(dx, width)
-        if rows.stop and columns.stop:
+        (rows, far_rows), (columns, far_columns) = _span(height, dy), _span(width, dx)
+        if rows.start < rows.stop and columns.start < columns.stop:
             found.append((k, (rows, columns), (far_rows, far_columns)))
     return found
 
@@ -218,10 +205,8 @@ def dilated_affinity_target(
     ([[True, False, False]], [[True, True, False]])
     """
     check_labels(labels, "labels", ndim=3)
-    if ignore_index is not None and (
-        isinstance(ignore_index, bool) or not isinstance(ignore_index, int)
-    ):
-        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if ignore_index is not None:
+        _check_integer(ignore_index, "ignore_index")
     batch, height, width = labels.shape
     steps = _check_offsets(offsets, height, width)
     target = labels.new_zeros((batch, len(steps), height, width), dtype=torch.bool)
@@ -306,7 +291,7 @@ def neighbour_count_frequencies(
     >>> neighbour_count_frequencies(target, valid, 1, normalise=False)  # the centre pixel alone
     tensor([[0, 0, 0, 0, 0, 0, 0, 1, 0]])
     """
-    _count(num_rates, "num_rates", 1)
+    _check_integer(num_rates, "num_rates", 1)
     if not isinstance(normalise, bool):
         raise TypeError(f"normalise: expected a bool, got {normalise!r}")
     _check_target(target, valid, num_rates)
@@ -324,12 +309,6 @@ def neighbour_count_frequencies(
 # --------------------------------------------------------------------------------------------------
 # The loss
 # --------------------------------------------------------------------------------------------------
-
-
-def _check_all_finite(x: Tensor, name: str) -> None:
-    # A finite sum has finite terms; the full check is needed only where the sum is not.
-    if not math.isfinite(float(x.detach().sum(dtype=torch.float32))):
-        check_finite(x, name)
 
 
 def _weight_table(freqs: Tensor, weighting: str, floor: float) -> Tensor:
@@ -632,7 +611,7 @@ class AffinityHead(nn.Module):
         self, in_channels: int, offsets: Tensor, prior: float | Sequence[float] | Tensor
     ) -> None:
         super().__init__()
-        _count(in_channels, "in_channels", 1)
+        _check_integer(in_channels, "in_channels", 1)
         _check_offsets(offsets, 0, 0)
         channels = len(offsets)
         share = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
@@ -980,7 +959,7 @@ def propagate_affinity(
     check_shape(affinity, "affinity", (batch, len(steps), height, width))
     check_same_device([("prob", prob), ("affinity", affinity)])
     check_at_least(lam, "lam", 0)
-    _count(iterations, "iterations", 0)
+    _check_integer(iterations, "iterations", 0)
     if not isinstance(anchored, bool):
         raise TypeError(f"anchored: expected a bool, got {anchored!r}")
     check_one_of(backend, "backend", _BACKENDS)

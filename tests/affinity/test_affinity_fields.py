@@ -209,11 +209,12 @@ def test_terms_equal_loops_over_pixels(shape, options, seed):
     assert torch.stack(got[2:]).tolist() == counts.tolist()
 
 
-def published(prob, labels, size, margin, w_edge, w_not_edge):
+def published(prob, labels, size, margin, w_edge, w_not_edge, *, opposite=True):
     """What the authors' TensorFlow code computes, written again in NumPy: losses of all entries.
 
     Arrays are padded and shifted; a pair is masked where its centre, its neighbour, *or the pixel
     opposite to the neighbour* is ignored or outside; the weights are those of the centre's class.
+    ``opposite=False`` leaves the third condition out.
     """
     height, width, classes = prob.shape
     frame = ((size, size), (size, size))
@@ -236,7 +237,10 @@ def published(prob, labels, size, margin, w_edge, w_not_edge):
                 return x[dy : dy + height, dx : dx + width]
 
             oy, ox = 2 * size - dy, 2 * size - dx
-            keep = ~(bad | window(padded_bad) | padded_bad[oy : oy + height, ox : ox + width])
+            drop = bad | window(padded_bad)
+            if opposite:
+                drop |= padded_bad[oy : oy + height, ox : ox + width]
+            keep = ~drop
             other = window(padded_prob)
             d = clip(other) * np.log(clip(other) / clip(prob))
             d += clip(1 - other) * np.log(clip(1 - other) / clip(1 - prob))
@@ -248,36 +252,76 @@ def published(prob, labels, size, margin, w_edge, w_not_edge):
     return np.concatenate(edges), np.concatenate(not_edges)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_terms_equal_the_published_code(size):
-    logits, labels = make((1, 4, 13, 11), seed=size, scale=4.0, ignored=0.1)
+def with_ignored_border(seed, shape):
+    """Random logits and labels; ignored pixels anywhere, and at two sides of the frame."""
+    logits, labels = make(shape, seed, scale=4.0, ignored=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    top, left = (torch.rand(n, generator=generator) < 0.5 for n in (shape[3], shape[2]))
+    labels[:, 0, top] = IGNORE
+    labels[:, left, -1] = IGNORE
+    return logits, labels
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
+    st.integers(0, 10**6),
+    st.sampled_from([2, 5, 13]),
+    st.sampled_from([1, 4, 11]),
+)
+def test_terms_equal_the_published_code(size, opposite, seed, height, width):
+    """The published rule with ``require_opposite``; by default the same without its third condition."""
+    logits, labels = with_ignored_border(seed, (1, 4, height, width))
     prob = logits.softmax(1)[0].permute(1, 2, 0).numpy()
     ones = np.ones(4)
-    edge, not_edge = published(prob, labels[0].numpy(), size, 3.0, ones, ones)
+    edge, not_edge = published(prob, labels[0].numpy(), size, 3.0, ones, ones, opposite=opposite)
     grouping, separating, n_grouping, n_separating = affinity_field_terms(
-        logits, labels, size=size, clip=1e-4, require_opposite=True
+        logits, labels, size=size, clip=1e-4, require_opposite=opposite
     )
     assert int(n_grouping.sum()) == len(not_edge)
     assert int(n_separating.sum()) == len(edge)
-    np.testing.assert_allclose((grouping * n_grouping).sum(), not_edge.sum(), rtol=1e-10)
-    np.testing.assert_allclose((separating * n_separating).sum(), edge.sum(), rtol=1e-10)
+    np.testing.assert_allclose((grouping * n_grouping).sum(), not_edge.sum(), rtol=1e-9)
+    np.testing.assert_allclose((separating * n_separating).sum(), edge.sum(), rtol=1e-9)
 
 
-def test_loss_equals_the_published_code():
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_loss_equals_the_published_code(opposite, seed):
     sizes, classes = (1, 2, 3), 4
-    logits, labels = make((1, classes, 12, 10), seed=7, scale=4.0, ignored=0.1)
+    logits, labels = with_ignored_border(seed, (1, classes, 12, 10))
     criterion = AdaptiveAffinityFieldLoss(
-        classes, sizes, class_reduction="pairs", clip=1e-4, require_opposite=True
+        classes, sizes, class_reduction="pairs", clip=1e-4, require_opposite=opposite
     ).double()
     with torch.no_grad():
         criterion.eta.normal_(generator=torch.Generator().manual_seed(1))
     w_not_edge, w_edge = criterion.size_weights().numpy()
     prob = logits.softmax(1)[0].permute(1, 2, 0).numpy()
+    y = labels[0].numpy()
     expected = 0.0
     for k, size in enumerate(sizes):
-        parts = published(prob, labels[0].numpy(), size, 3.0, w_edge[:, k], w_not_edge[:, k])
+        weights = w_edge[:, k], w_not_edge[:, k]
+        parts = published(prob, y, size, 3.0, *weights, opposite=opposite)
         expected += sum(part.mean() for part in parts)
-    np.testing.assert_allclose(criterion(logits, labels).item(), expected, rtol=1e-10)
+    np.testing.assert_allclose(criterion(logits, labels).item(), expected, rtol=1e-9)
+
+
+def test_the_opposite_pixel_matters_to_the_published_mask_only():
+    """Ignoring one pixel drops the pairs that touch it; under the published mask, others as well."""
+    logits, labels = make((1, 3, 9, 9), ignored=0.0)
+    ignored = labels.clone()
+    ignored[0, 4, 4] = IGNORE
+
+    def pairs(y, opposite):
+        *_, n_grouping, n_separating = affinity_field_terms(
+            logits, y, size=1, require_opposite=opposite
+        )
+        return int(n_grouping[0] + n_separating[0])
+
+    assert pairs(labels, False) == 2 * (8 * 9 * 2 + 2 * 8 * 8)
+    assert pairs(labels, False) - pairs(ignored, False) == 16  # 8 neighbours, both orders
+    assert pairs(labels, True) == 8 * 7 * 7 + 2 * 4 * 7  # all in the middle; along the frame only
+    assert pairs(labels, True) - pairs(ignored, True) == 16 + 8
 
 
 def test_number_of_pairs():
