@@ -130,6 +130,9 @@ def test_dependency_is_pinned_within_its_range(text: str) -> None:
     if name == "affnb":
         assert declared.extras <= set(PROJECT["optional-dependencies"])
         return
+    if name == "triton":  # a GPU build of torch asks for its own version
+        assert name not in pins()
+        return
     assert name in pins(), f"{name} is in pyproject.toml and not in constraints.txt"
     assert Version(pins()[name]) in declared.specifier
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from affnb import kernels
 from affnb.checks import (
     check_at_least,
     check_bool,
@@ -1088,6 +1089,61 @@ class _BatchValue(torch.autograd.Function):
         return grads[0] * gradient, None, None, None, None
 
 
+class _BatchValueOnGpu(torch.autograd.Function):
+    """Mass logit of a batch by the kernel: a streamed forward, and tiles made again in backward.
+
+    Returns what `_BatchValue` does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor,
+        include_self: bool,
+        group: ProcessGroup | None,
+    ) -> tuple[Tensor, bool]:
+        from affnb.kernels.batch_affinity_mass import row_log_sums
+
+        rows, first, labels = features.shape[0], 0, labels.long()
+        everything, all_labels = features, labels
+        if group is not None:
+            parts = all_gather_uneven(features, group)
+            first = sum(len(part) for part in parts[: torch.distributed.get_rank(group)])
+            everything = torch.cat(parts)
+            all_labels = torch.cat(all_gather_uneven(labels, group))
+        ctx.counts = False
+        ctx.shape = features.shape
+        if not len(everything):
+            return features.new_zeros(()), False
+        # The loss depends on differences alone; without a common offset the products lose less.
+        y = (everything - everything.mean(0, keepdim=True)).contiguous()
+        _check_half_norms(y.square().sum(1) / 2)
+        x = y[first : first + rows]
+        own = torch.arange(first, first + rows, device=y.device)
+        sums = row_log_sums(x, y, labels.contiguous(), all_labels.contiguous(), own)
+        logs = torch.stack([part.logsumexp(0) for part in sums])
+        if group is not None:
+            logs = all_reduce_logsumexp(logs, group)
+        if include_self:  # N self-pairs with logit 0, which pull on nothing
+            selves = torch.tensor([math.log(len(y)), -math.inf], device=logs.device)
+            logs = torch.logaddexp(logs, selves)
+        ctx.counts = bool(torch.isfinite(logs).all())
+        if not ctx.counts:
+            return features.new_zeros(()), False
+        ctx.save_for_backward(x, y, labels.contiguous(), all_labels.contiguous(), own, logs)
+        return logs[0] - logs[1], True
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.counts:
+            return grads[0].new_zeros(ctx.shape), None, None, None
+        from affnb.kernels.batch_affinity_mass import pull
+
+        return pull(*ctx.saved_tensors).mul_(grads[0]), None, None, None
+
+
 @uncompiled  # the sweep follows the labels' values, which a traced graph cannot
 def _batch_auto(
     features: Tensor,
@@ -1097,9 +1153,12 @@ def _batch_auto(
     include_self: bool,
     group: ProcessGroup | None,
 ) -> Tensor:
-    value, counts = _BatchValue.apply(  # type: ignore[no-untyped-call]
-        features, labels, form == "bce", include_self, group
-    )
+    if form != "bce" and features.shape[1] and kernels.wanted(features):
+        value, counts = _BatchValueOnGpu.apply(features, labels, include_self, group)  # type: ignore[no-untyped-call]
+    else:
+        value, counts = _BatchValue.apply(  # type: ignore[no-untyped-call]
+            features, labels, form == "bce", include_self, group
+        )
     result: Tensor = value
     return _loss_of_mass_logit(result, form, gamma) if counts and form != "bce" else result
 

@@ -6,13 +6,15 @@ machine without it (or without a GPU) uses every operation of ``affnb`` through 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["triton_available", "uncompiled"]
+__all__ = ["triton_available", "uncompiled", "wanted"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,3 +64,32 @@ def triton_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "Triton cannot be imported, so affnb's operations run on this GPU through PyTorch alone, which "
+        "is slower; install triton to have their kernels.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def wanted(x: Tensor) -> bool:
+    """Whether an operation on this tensor goes to its kernel.
+
+    On a GPU, in single or half precision (the kernels add in float32), where Triton can be imported; a
+    GPU without Triton gets one warning.
+
+    Examples
+    --------
+    >>> wanted(torch.zeros(3))
+    False
+    """
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    if triton_available():
+        return True
+    _warn_once()
+    return False
