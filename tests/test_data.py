@@ -6,11 +6,13 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from affnb.data import cifar, digits, relation_scenes
 from affnb.data.voc import VOCSegmentation2012
+from tests import fake_torchvision
 
 SEEDS = range(25)
 
@@ -232,27 +234,85 @@ def test_importing_the_room_imports_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_voc_train_aug_adds_what_is_neither_validated_on_nor_there_already(monkeypatch, tmp_path):
-    images = {"train": ["a.jpg", "b.jpg"], "val": ["v.jpg"]}
-    extra = {"train": ["a.jpg", "s.jpg"], "val": ["v.jpg", "t.jpg"]}
+@pytest.fixture
+def voc_root(tmp_path, monkeypatch):
+    """A tiny VOC 2012 with SBD, and a stand-in for the torchvision that reads it."""
+    fake_torchvision.fake_voc(tmp_path)
+    fake_torchvision.install(monkeypatch)
+    return tmp_path
 
-    class Voc(list):
-        def __init__(self, root, year, image_set, download):
-            self.images = [f"{root}/JPEGImages/{name}" for name in images[image_set]]
-            super().__init__(self.images)
 
-    class Sbd(list):
-        def __init__(self, root, image_set, mode, download):
-            assert mode == "segmentation"
-            self.images = [f"{root}/img/{name}" for name in extra[image_set]]
-            super().__init__(self.images)
+@pytest.mark.parametrize("split", ["train", "val", "train_aug"])
+def test_voc_splits(voc_root, split):
+    """`train_aug` adds what is neither validated on nor there already."""
+    expected = {
+        "train": fake_torchvision.TRAIN,
+        "val": fake_torchvision.VAL,
+        "train_aug": [*fake_torchvision.TRAIN, "2010_000001", "2010_000002"],
+    }[split]
+    data = VOCSegmentation2012(voc_root, split, crop=None if split == "val" else 24, download=False)
+    assert len(data) == len(expected)
+    for name, (picture, annotation) in zip(expected, data.pairs, strict=True):
+        own, classes, _ = fake_torchvision.scene(name)
+        assert torch.equal(
+            torch.as_tensor(np.array(annotation)) % 255, torch.as_tensor(classes) % 255
+        )
+        assert np.abs(np.array(picture).astype(int) - own).mean() < 30  # JPEG
+    if split == "train_aug":  # of the images in both, VOC's own annotation, which ignores a band
+        ignores = [bool((np.array(annotation) == 255).any()) for _, annotation in data.pairs]
+        assert ignores == [True, True, True, False, False]
 
-    module = types.ModuleType("torchvision.datasets")
-    module.VOCSegmentation, module.SBDataset = Voc, Sbd
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
-    data = VOCSegmentation2012(tmp_path, "train_aug", crop=8)
-    names = [Path(data.pairs[i]).name for i in range(len(data))]
-    assert names == ["a.jpg", "b.jpg", "s.jpg", "t.jpg"]
-    with pytest.raises(ValueError, match=r"split: expected one of 'train', 'train_aug', 'val'"):
-        VOCSegmentation2012(tmp_path, "test")
+
+def test_voc_whole_images(voc_root):
+    data = VOCSegmentation2012(voc_root, "val", download=False)
+    image, labels, instances = data[0]
+    picture, classes, _ = fake_torchvision.scene(fake_torchvision.VAL[0])
+    assert image.shape == (3, 513, 513)
+    assert image.dtype == torch.float32
+    assert torch.equal(labels[:40, :52], torch.from_numpy(classes).long())
+    assert (labels[40:] == 255).all()
+    assert (labels[:, 52:] == 255).all()
+    assert (image[:, 40:] == 0).all()
+    assert (image[:, :, 52:] == 0).all()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    back = 255 * (image[:, :40, :52].movedim(0, -1) * std + mean)
+    assert (back - torch.from_numpy(picture)).abs().mean() < 30
+    assert instances.tolist() == [1 if c == 0 else 2 if c == 8 else int(c == 12) for c in range(21)]
+
+
+@pytest.mark.parametrize("crop", [24, 65])
+def test_voc_crops(voc_root, crop):
+    """Crops keep image and labels together, bring no new label, and follow the global generator."""
+    data = VOCSegmentation2012(voc_root, "train", crop=crop, download=False)
+    torch.manual_seed(0)
+    samples = [data[i % 3] for i in range(60)]
+    for image, labels, instances in samples:
+        assert image.shape == (3, crop, crop)
+        assert labels.shape == (crop, crop)
+        assert set(labels.unique().tolist()) <= {0, 8, 12, 255}
+        assert not instances.any()
+        # The picture is redder where there is an object.
+        inside, outside = (labels == 8) | (labels == 12), labels == 0
+        if inside.sum() > 100 and outside.sum() > 100:
+            assert image[0][inside].mean() > image[0][outside].mean() + 0.5
+    if crop == 65:  # smaller images stay whole, so that their sizes show
+        assert len({int((labels != 255).any(0).sum()) for _, labels, _ in samples}) > 5
+    torch.manual_seed(0)
+    again = data[0]
+    assert torch.equal(again.image, samples[0].image)
+    # The dog, on the right in the file, is on the left of the cats in half of the crops.
+    sides = []
+    for _, labels, _ in samples:
+        cats, dogs = ((labels == c).any(0).nonzero().double().mean() for c in (8, 12))
+        sides += [bool(dogs < cats)] if torch.isfinite(cats + dogs) else []
+    assert 0.25 < sum(sides) / len(sides) < 0.75
+
+
+def test_voc_refuses(voc_root, monkeypatch):
+    with pytest.raises(ValueError, match=r"^split: expected one of 'train', 'train_aug', 'val'"):
+        VOCSegmentation2012(voc_root, "test")
+    with pytest.raises(ValueError, match=r"^crop: expected"):
+        VOCSegmentation2012(voc_root, "train", crop=0)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'affnb\[data\]'"):
+        VOCSegmentation2012(voc_root, "train")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_one_of, check_positive
@@ -13,11 +14,9 @@ from ..checks import check_one_of, check_positive
 __all__ = ["VOCSample", "VOCSegmentation2012"]
 
 _CLASSES, _IGNORE = 21, 255
-_MEAN, _STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # of ImageNet, as torchvision's weights want
-_SIDE = 512  # test images have at most 500 pixels a side; all are padded to this
+# Of ImageNet, as torchvision's weights want.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SIDE = 513  # the images have at most 500 pixels a side; whole ones are padded to this
 
 
 class VOCSample(NamedTuple):
@@ -44,13 +43,14 @@ class VOCSegmentation2012(torch.utils.data.Dataset[VOCSample]):
     Parameters
     ----------
     root
-        Folder of the data, in torchvision's layout; filled when ``download`` is true.
+        Folder of the data, in torchvision's layout (``VOCdevkit/VOC2012``, and ``sbd`` for
+        ``"train_aug"``); filled when ``download`` is true.
     split
         ``"train"`` (1,464 images), ``"val"`` (1,449), or ``"train_aug"``: training images with those of
         the Semantic Boundaries Dataset (Hariharan et al., 2011) that VOC does not validate on, the
         10,582 images that most papers train on. VOC's own annotation is taken where there are two.
     crop
-        ``None`` for testing: whole images, padded to 512 pixels a side. An integer for training: random
+        ``None`` for testing: whole images, padded to 513 pixels a side. An integer for training: random
         mirroring, resizing by 0.5 to 2 and cropping to this side, from PyTorch's global generator.
     download
         Download what is missing (2 GB). Default ``True``.
@@ -104,40 +104,44 @@ class VOCSegmentation2012(torch.utils.data.Dataset[VOCSample]):
 
     def __getitem__(self, index: int) -> VOCSample:
         import numpy as np
-        from PIL import Image
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as tvf
 
         picture, annotation = self.pairs[index]
-        image = tvf.normalize(tvf.to_tensor(picture), _MEAN, _STD)
+        image = torch.from_numpy(np.array(picture)).movedim(-1, 0) / 255
+        image = (image - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
         labels = torch.from_numpy(np.array(annotation, dtype=np.int64))
         instances = torch.zeros(_CLASSES, dtype=torch.int64)
         if self.crop is None:
-            # The object masks lie beside the class masks; an object's class is that of its pixels.
-            path = Path(self.pairs.targets[index])
-            objects = np.array(Image.open(path.parents[1] / "SegmentationObject" / path.name))
-            for number in np.unique(objects[(objects > 0) & (objects < _IGNORE)]):
-                inside = labels[torch.from_numpy(objects == number)]
-                instances[
-                    torch.bincount(inside[inside < _CLASSES], minlength=_CLASSES).argmax()
-                ] += 1
-            instances[0] = 1
-            side = _SIDE
-        else:
-            side = self.crop
-            scale = float(torch.empty(()).uniform_(0.5, 2.0))
-            size = [max(1, round(scale * length)) for length in labels.shape]
-            image = tvf.resize(image, size, antialias=True)
-            # Nearest: no new label may appear.
-            labels = tvf.resize(labels[None], size, InterpolationMode.NEAREST)[0]
-            if torch.rand(()) < 0.5:
-                image, labels = image.flip(-1), labels.flip(-1)
-        height, width = labels.shape
-        pad = [0, max(0, side - width), 0, max(0, side - height)]
-        image = torch.nn.functional.pad(image, pad)
-        labels = torch.nn.functional.pad(labels, pad, value=_IGNORE)
-        if self.crop is not None:
-            top, left = (int(torch.randint(n - side + 1, ())) for n in labels.shape)
-            image = image[:, top : top + side, left : left + side]
-            labels = labels[top : top + side, left : left + side]
-        return VOCSample(image, labels, instances)
+            instances = self._instances(index, labels)
+            return VOCSample(*_padded(image, labels, _SIDE), instances)
+        factor = float(torch.empty(()).uniform_(0.5, 2.0))
+        size = [max(1, round(factor * length)) for length in labels.shape]
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        # Nearest: no new label may appear.
+        labels = F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+        if torch.rand(()) < 0.5:
+            image, labels = image.flip(-1), labels.flip(-1)
+        image, labels = _padded(image, labels, self.crop)
+        top, left = (int(torch.randint(n - self.crop + 1, ())) for n in labels.shape)
+        window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+        return VOCSample(image[window], labels[window], instances)
+
+    def _instances(self, index: int, labels: Tensor) -> Tensor:
+        """Count the objects of each class. Their masks lie beside the class masks."""
+        import numpy as np
+        from PIL import Image
+
+        path = Path(self.pairs.targets[index])
+        objects = np.array(Image.open(path.parents[1] / "SegmentationObject" / path.name))
+        counts = torch.zeros(_CLASSES, dtype=torch.int64)
+        for number in np.unique(objects[(objects > 0) & (objects < _IGNORE)]):
+            inside = labels[torch.from_numpy(objects == number)]  # an object has the class of these
+            counts[torch.bincount(inside[inside < _CLASSES], minlength=_CLASSES).argmax()] += 1
+        counts[0] = 1
+        return counts
+
+
+def _padded(image: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Fill up below and to the right: the mean colour, the ignored label."""
+    height, width = labels.shape
+    pad = [0, max(0, side - width), 0, max(0, side - height)]
+    return F.pad(image, pad), F.pad(labels, pad, value=_IGNORE)

@@ -25,6 +25,7 @@ from affnb.affinity.affinity_fields import (
     shifted_pair,
 )
 from affnb.measure import peak_bytes
+from tests.fake_torchvision import run_full
 
 module = importlib.import_module("affnb.affinity.affinity_fields")
 
@@ -503,6 +504,38 @@ def test_memory():
     assert peak_bytes(step) < 3 * logits.nbytes
 
 
+LARGE = """
+import torch
+from affnb.affinity.affinity_fields import AdaptiveAffinityFieldLoss
+
+def peak():  # bytes; the high-water mark of this process's resident memory
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(1)
+
+def step(batch, side):
+    logits = torch.randn(batch, 21, side, side).requires_grad_()
+    labels = torch.randint(0, 21, (batch, side // 16, side // 16))
+    labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    labels[:, :5] = 255
+    before = peak()
+    AdaptiveAffinityFieldLoss(21, (1, 2))(logits, labels).backward()
+    assert logits.grad.isfinite().all() and logits.grad.any()
+    return before, peak(), logits.nbytes
+
+step(1, 32)
+print(*step(16, 240))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_large_batch_in_bounded_memory():
+    run = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    before, after, logits = map(int, run.stdout.split())
+    assert after - before < 3 * logits
+
+
 # --------------------------------------------------------------------------------------------------
 # Degenerate input
 # --------------------------------------------------------------------------------------------------
@@ -803,3 +836,62 @@ def test_global_batch(tmp_path):
             out, err = worker.communicate(timeout=120)
             assert worker.returncode == 0, err
             assert "raised" in out
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter's full profile, on a stand-in for the data and the ResNet
+# --------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "30_000, 8) if full": "2, 2) if full",
+    "workers = 8 if full else 0": "workers = 0",
+    "crop=336": "crop=40",
+    "width=512": "width=8",
+    "window=480, stride=320": "window=73, stride=73",
+    "(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)": "(0.5, 1.0)",
+    "seed + 50 + i for i in range(3)": "seed + 50 + i for i in range(2)",
+    "seed + 50 + i for i in range(5)": "seed + 50 + i for i in range(2)",
+    "for i in range(8)]": "for i in range(5)]",
+}
+
+
+def test_full_profile(tmp_path, monkeypatch):
+    sections = ("The failure", "The claim, tested", "What the paper reports")
+    names, verdicts, trainings = run_full(
+        "affinity/affinity_fields", tmp_path, monkeypatch, SMALL, sections
+    )
+    assert len(verdicts) == 8
+
+    # Two stages each: the augmented set at 0.001, VOC's own at 0.0001; new layers ten times as fast.
+    assert len(trainings) % 2 == 0
+    for k, (optimizer, groups, _, steps, images) in enumerate(trainings):
+        rate = (1e-3, 1e-4)[k % 2]
+        assert (optimizer, steps) == ("SGD", 2)
+        assert (len(images), images.crop) == ((5, 3)[k % 2], 40)
+        assert [g["initial_lr"] for g in groups] == pytest.approx(
+            [rate, 10 * rate, rate][: len(groups)]
+        )
+        assert [g["weight_decay"] for g in groups] == [5e-4, 5e-4, 0.0][: len(groups)]
+        assert all(g["momentum"] == 0.9 for g in groups)
+        # The adversary: grouping and separating, classes, sizes 1 and 2.
+        assert [g["params"] for g in groups[2:]] in ([], [2 * 21 * 2])
+    assert {len(groups) for _, groups, *_ in trainings} == {2, 3}
+
+    model, x = names["plain"], torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z, f = model(x)
+        assert z.shape == (2, 21, 6, 6)  # stride 8, not upsampled
+        assert f.shape == (2, 8, 6, 6)
+        probabilities, mirrored = (names["whole_images"](model, v, 24, 16) for v in (x, x.flip(-1)))
+    assert probabilities.shape == (2, 21, 48, 48)
+    torch.testing.assert_close(
+        probabilities.sum(1), torch.full((2, 48, 48), 4.0)
+    )  # 2 scales, 2 sides
+    torch.testing.assert_close(mirrored, probabilities.flip(-1))
+
+    # A network that sees single pixels says of an even picture the same in all windows and scales.
+    pixelwise = torch.nn.Conv2d(3, 21, 1)
+    even = torch.randn(2, 3, 1, 1).expand(2, 3, 50, 50)
+    with torch.no_grad():
+        found = names["whole_images"](lambda v: (pixelwise(v),), even, 24, 16)
+        torch.testing.assert_close(found, 4 * pixelwise(even).softmax(1))

@@ -22,6 +22,7 @@ from affnb.affinity.dilated_affinity import (
     propagate_affinity,
     steep_sigmoid,
 )
+from tests.fake_torchvision import run_full
 
 DOUBLE = torch.float64
 SIDES = st.sampled_from([1, 2, 3, 5, 7])
@@ -891,3 +892,80 @@ def test_a_large_batch_in_bounded_memory():
     # The propagation: affinities, their gradient, the result, and copies of the probabilities;
     # unfolding the probabilities would take 16 * 21 channels.
     assert both - before < 0.75 * (16 * 21) * channel
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter's full profile, on a stand-in for the data and the ResNet
+# --------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "[8, (12, 24), (24, 12), 16], 16, 30_000": "[1, (2, 3), (3, 2), 2], 2, 2",
+    "statistics([8, 16, 32, 64])": "statistics([1, 2, 3, 4])",
+    "crop=513": "crop=33",
+    "num_workers=8": "num_workers=0",
+    "num_workers=4": "num_workers=0",
+    "3 if full else 4": "2",
+    "10 if full else 3": "2",
+    "120 if full else 12": "2",
+}
+
+
+def test_full_profile(tmp_path, monkeypatch):
+    names, verdicts, trainings = run_full(
+        "affinity/dilated_affinity",
+        tmp_path,
+        monkeypatch,
+        SMALL,
+        ("The failure", "Play", "The claim, tested", "What the paper reports"),
+        two_rates=dilated_offsets([2, 4]),
+    )
+    ids = {id.split(":")[1] for id in verdicts}
+    assert {"joint-training", "root-above-inverse", "root-above-weights"} < ids
+    assert len(ids) == 11
+
+    for optimizer, (group,), schedule, steps, images in trainings:
+        assert optimizer == "SGD"
+        assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (7e-3, 0.9, 4e-5)
+        assert (steps, schedule["total_iters"], schedule["power"]) == (2, 2, 0.9)
+        assert (len(images), images.crop) == (5, 33)  # the augmented training set
+
+    # The arms of Table 1, on its rates, and the best setting (all rates changed above).
+    wide, best = dilated_offsets([1, 2, 3, 4]), dilated_offsets([1, (2, 3), 2], both=True)
+    expected = {
+        "classes alone": (None, None, 0.0, best),
+        "equal weights, CE": ("none", 0.0, 1.1, wide),
+        "weights by sign": ("signal", 2.0, 1.3, wide),
+        "inverse weights": ("inverse", 2.0, 0.25, wide),
+        "root weights, Table 1's rates": ("sqrt", 2.0, 1.5, wide),
+        "root weights, focal": ("sqrt", 2.0, 1.2, best),
+    }
+    assert set(names["arms"]) == set(expected)
+    assert len(trainings) == 6 * 2  # two seeds here
+    for arm, (weighting, gamma, weight, offsets) in expected.items():
+        criterion, found, (pairs, prior) = names["arms"][arm]
+        assert getattr(criterion, "weighting", None) == weighting
+        assert getattr(criterion, "gamma", None) == gamma
+        assert found == weight
+        assert torch.equal(pairs, offsets)
+        assert prior.shape == (len(offsets) // 8,)
+        assert ((prior > 0) & (prior < 1)).all()
+
+    # Output stride 16 in training; in evaluation 8, by dilation: every second pixel is as it was.
+    model, x = names["plain"], torch.randn(1, 3, 129, 129, generator=seeded())
+    assert not model.training
+    with torch.no_grad():
+        fine = model.fine(x)
+        sharp = model.deep(fine)
+        assert (fine.shape[-1], sharp.shape[-1]) == (33, 17)
+        model.train()
+        rates = [branch[0].dilation[0] for branch in model.context.convs[1:4]]
+        for part in model.modules():  # the statistics of evaluation, so that the two compare
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eval()
+        coarse = model.deep(fine)
+    assert coarse.shape[-1] == 9
+    torch.testing.assert_close(sharp[..., ::2, ::2], coarse)
+    assert rates == [6, 12, 18]
+    model.eval()
+    assert [branch[0].dilation[0] for branch in model.context.convs[1:4]] == [12, 24, 36]
+    assert [a.shape[1:] for a in model(x)] == [(21, 129, 129), (32, 129, 129)]
