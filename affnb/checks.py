@@ -21,6 +21,7 @@ __all__ = [
     "check_bool",
     "check_finite",
     "check_floating",
+    "check_integer",
     "check_labels",
     "check_no_nan",
     "check_one_of",
@@ -121,8 +122,14 @@ def check_no_nan(value: Tensor, name: str) -> None:
 
 
 def check_finite(value: Tensor, name: str) -> None:
-    """Raise ``ValueError`` when a NaN or an infinite value is present."""
-    if value.numel() and not bool(torch.isfinite(value.detach()).all()):
+    """Raise ``ValueError`` when a NaN or an infinite value is present.
+
+    One reduction of the values, and no mask of them unless something is wrong.
+    """
+    # A finite sum has finite terms; the full check is needed only where the sum is not.
+    if math.isfinite(float(value.detach().sum(dtype=torch.float32))):
+        return
+    if not bool(torch.isfinite(value.detach()).all()):
         count = int((~torch.isfinite(value.detach())).sum())
         raise ValueError(
             f"{name}: expected finite values, got {count} not finite in {_describe(value)}"
@@ -212,6 +219,26 @@ def check_one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
     if not any(type(value) is type(option) and value == option for option in allowed):
         names = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+
+
+def check_integer(value: Any, name: str, minimum: int | None = None) -> None:
+    """Raise unless ``value`` is an ``int`` (and no ``bool``), at least ``minimum`` if that is given.
+
+    Examples
+    --------
+    >>> check_integer(2.0, "size")
+    Traceback (most recent call last):
+        ...
+    TypeError: size: expected an integer, got float 2.0
+    >>> check_integer(0, "size", 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: size: expected an integer >= 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {_describe(value)}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
 
 
 def _check_real(value: Any, name: str) -> float:

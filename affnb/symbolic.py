@@ -8,6 +8,7 @@ they stand and evaluated for the proof.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,6 +174,43 @@ def _check_inequality(left: Any, symbol: str, right: Any, seed: int) -> None:
     raise ProofError(f"the assumptions do not decide {difference} {symbol} 0")
 
 
+# What fits a line of a card on a phone, in symbols.
+_LINE = 32
+
+
+def _symbols_in(latex: str) -> int:
+    """Estimate how many symbols wide a formula is (numerator and denominator count both)."""
+    return len(re.sub(r"[{}^_\s]", "", re.sub(r"\\[a-zA-Z]+|\\.", "x", latex)))
+
+
+def _terms_in_lines(side: Any) -> list[str]:
+    """Cut a long sum between its terms, into lines that fit."""
+    whole = sp.latex(side)
+    if not isinstance(side, sp.Add) or _symbols_in(whole) <= _LINE:
+        return [whole]
+    lines = [""]
+    for term in side.as_ordered_terms():
+        text = sp.latex(term)
+        signed = text if text.startswith("-") or not lines[0] else f"+ {text}"
+        if lines[-1] and _symbols_in(lines[-1] + signed) > _LINE:
+            lines.append(signed)
+        else:
+            lines[-1] = f"{lines[-1]} {signed}".strip()
+    return lines
+
+
+def _shown(left: Any, symbol: str, right: Any) -> str:
+    """A relation as LaTeX: in one line if it fits, else broken before the relation, and in sums."""
+    left, right = sp.sympify(left), sp.sympify(right)
+    short = f"{sp.latex(left)} \\;{symbol}\\; {sp.latex(right)}"
+    if _symbols_in(short) <= _LINE + 4:
+        return short
+    (first, *more), (value, *others) = _terms_in_lines(left), _terms_in_lines(right)
+    rows = [first, *(f"\\quad {line}" for line in more)]
+    rows += [f"{symbol}\\; {value}", *(f"\\quad {line}" for line in others)]
+    return "\\begin{aligned}\n&" + " \\\\\n&".join(rows) + "\n\\end{aligned}"
+
+
 def prove(
     statement: str,
     *identities: Any,
@@ -241,7 +279,7 @@ def prove(
             generic &= _check_identity(left, right, instances, seed)
         else:
             _check_inequality(left, symbol, right, seed)
-        lines.append(f"{sp.latex(sp.sympify(left))} \\;{symbol}\\; {sp.latex(sp.sympify(right))}")
+        lines.append(_shown(left, symbol, right))
         for side in (left, right):
             symbols |= getattr(sp.sympify(side), "free_symbols", set())
 

@@ -312,3 +312,19 @@ def test_an_id_of_another_form_is_refused(shown):
     with pytest.raises(ValueError, match=r"^id: expected"):
         prove("It holds.", (x, x), id="Nowhere")
     assert shown == []
+
+
+def test_long_identities_are_broken_to_fit_a_phone():
+    from affnb.symbolic import _LINE, _shown, _symbols_in
+
+    x, y = sp.symbols("x y")
+    assert _shown(x, "=", y) == r"x \;=\; y"
+    long = sp.Add(*[sp.Symbol(f"b{k}") * y**k * (-1) ** k for k in range(14)])
+    shown = _shown(x**2, r"\ge", long)
+    rows = shown.split("\n&")[1:]
+    assert shown.startswith(r"\begin{aligned}")
+    assert len(rows) >= 4
+    assert rows[1].startswith(r"\ge")
+    assert all(_symbols_in(row.removesuffix(r" \\")) <= _LINE + 4 for row in rows)
+    for k in range(14):  # every term is there, with its sign
+        assert ("- " if k % 2 and k else "") + sp.latex(sp.Symbol(f"b{k}")) in shown

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from affnb import kernels
 from affnb.checks import (
     check_finite,
     check_floating,
+    check_integer,
     check_labels,
     check_one_of,
     check_positive,
@@ -76,19 +78,6 @@ _CPU_BLOCK, _CUDA_BLOCK, _SMALL_BLOCK = 2**17, 2**22, 2**14
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_integer(value: Any, name: str, minimum: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
-
-
-def _check_all_finite(x: Tensor, name: str) -> None:
-    # A finite sum has finite terms; the full check is needed only where the sum is not.
-    if not math.isfinite(float(x.detach().sum(dtype=torch.float32))):
-        check_finite(x, name)
-
-
 def neighbour_offsets(size: int, kind: Neighbourhood = "ring8") -> list[tuple[int, int]]:
     """List the offsets (down, right) from a pixel to its neighbours, row by row.
 
@@ -121,7 +110,7 @@ def neighbour_offsets(size: int, kind: Neighbourhood = "ring8") -> list[tuple[in
     >>> len(neighbour_offsets(2, "full"))
     24
     """
-    _check_integer(size, "size", 1)
+    check_integer(size, "size", 1)
     check_one_of(kind, "kind", _NEIGHBOURHOODS)
     steps = (-size, 0, size) if kind == "ring8" else range(-size, size + 1)
     return [(dy, dx) for dy in steps for dx in steps if (dy, dx) != (0, 0)]
@@ -611,11 +600,49 @@ class _Sums(torch.autograd.Function):
         return result, None, None, None
 
 
+class _SumsByKernel(torch.autograd.Function):
+    """What `_Sums` returns, by the GPU's kernel; it keeps the logits, and backward goes over them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, field: _Field, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        from affnb.kernels.affinity_fields import sums
+
+        labels = labels.masked_fill(labels == field.ignore_index, -1).int().contiguous()
+        ctx.save_for_backward(logits, labels)
+        ctx.options = {
+            "offsets": [neighbour_offsets(s, field.neighbourhood) for s in field.sizes],  # type: ignore[arg-type]
+            "margin": field.margin,
+            "clip": field.clip,
+            "require_opposite": field.require_opposite,
+            "same_class": field.same == "class",
+            "by_channel": field.bins == "channel",
+        }
+        totals = sums(logits.contiguous(), labels, **ctx.options)
+        if group is not None:
+            torch.distributed.all_reduce(totals, group=group)
+        counts = totals[2:].round().long()
+        ctx.mark_non_differentiable(counts)
+        return totals[:2].float(), counts
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from affnb.kernels.affinity_fields import slopes
+
+        logits, labels = ctx.saved_tensors
+        scale = grads[0].float().contiguous()
+        result = slopes(logits.contiguous(), labels, scale=scale, **ctx.options)
+        return result, None, None, None
+
+
 @uncompiled
 def _auto_sums(
     logits: Tensor, labels: Tensor, field: _Field, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    sums, counts = _Sums.apply(logits, labels, field, group)  # type: ignore[no-untyped-call]
+    function = _SumsByKernel if logits.numel() and kernels.wanted(logits) else _Sums
+    sums, counts = function.apply(logits, labels, field, group)  # type: ignore[no-untyped-call]
     return sums, counts
 
 
@@ -699,7 +726,7 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: expected at least 2 classes, got shape {tuple(logits.shape)}")
     # Looking at values would break the graph while torch.compile traces.
     if not torch.compiler.is_compiling():
-        _check_all_finite(logits, "logits")
+        check_finite(logits, "logits")
 
 
 def _check_batch(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -732,9 +759,9 @@ def _check_field(
     bins: str = "channel",
 ) -> _Field:
     for size in sizes:
-        _check_integer(size, name, 1)
+        check_integer(size, name, 1)
     check_positive(margin, "margin")
-    _check_integer(ignore_index, "ignore_index")
+    check_integer(ignore_index, "ignore_index")
     check_one_of(same, "same", _SAME)
     check_one_of(neighbourhood, "neighbourhood", _NEIGHBOURHOODS)
     if clip is not None:
@@ -980,7 +1007,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_integer(num_classes, "num_classes", 2)
+        check_integer(num_classes, "num_classes", 2)
         if len(sizes) == 0 or len(set(sizes)) < len(sizes):
             raise ValueError(f"sizes: expected one or more different integers, got {sizes!r}")
         check_one_of(weights, "weights", _WEIGHTS)
@@ -1059,7 +1086,7 @@ class AdaptiveAffinityFieldLoss(nn.Module):
 
 
 def _check_maps(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    _check_integer(num_classes, "num_classes", 1)
+    check_integer(num_classes, "num_classes", 1)
     check_labels(prediction, "prediction", ndim=3, num_classes=num_classes)
     check_labels(labels, "labels", ndim=3, num_classes=num_classes, ignore_index=ignore_index)
     check_shape(labels, "labels", prediction.shape)
@@ -1117,7 +1144,7 @@ def boundary_scores(
     [1.0, 1.0, 0.5, 0.333]
     """
     _check_maps(prediction, labels, num_classes, ignore_index)
-    _check_integer(tolerance, "tolerance", 0)
+    check_integer(tolerance, "tolerance", 0)
 
     def boundaries(y: Tensor, valid: Tensor) -> Tensor:
         found = torch.zeros_like(valid)

@@ -581,14 +581,6 @@ def relation_target(
     return on_object @ related.float() @ on_object.T > 0
 
 
-def _check_finite_features(features: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    # A finite sum has finite terms; the full check is needed only where the sum is not.
-    if not math.isfinite(float(features.detach().sum(dtype=torch.float32))):
-        check_finite(features, "features")
-
-
 def pairwise_sq_dist(features: Tensor) -> Tensor:
     r"""Squared Euclidean distances of all pairs of rows.
 
@@ -630,7 +622,8 @@ def pairwise_sq_dist(features: Tensor) -> Tensor:
     check_floating(features, "features")
     if features.ndim < 2:
         raise ValueError(f"features: expected shape (..., N, d), got {tuple(features.shape)}")
-    _check_finite_features(features)
+    if not torch.compiler.is_compiling():  # looking at values would break the graph
+        check_finite(features, "features")
     with torch.autocast(features.device.type, enabled=False):
         x = _at_least_float32(features)
         if x.shape[-2]:
@@ -1168,7 +1161,8 @@ def _check_batch(features: Tensor, labels: Tensor) -> None:
     check_floating(features, "features")
     check_labels(labels, "labels", length=features.shape[0])
     check_same_device([("features", features), ("labels", labels)])
-    _check_finite_features(features)
+    if not torch.compiler.is_compiling():  # looking at values would break the graph
+        check_finite(features, "features")
 
 
 def _check_batch_options(

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from affnb.affinity.affinity_fields import _check_all_finite, _check_integer, _span
+from affnb import kernels
+from affnb.affinity.affinity_fields import _span
 from affnb.checks import (
     check_at_least,
     check_bool,
     check_finite,
     check_floating,
+    check_integer,
     check_labels,
     check_one_of,
     check_same_device,
@@ -116,7 +118,7 @@ def dilated_offsets(rates: Sequence[int | tuple[int, int]], *, both: bool = Fals
         if len(pair) != 2:
             raise TypeError(f"rates: expected integers or pairs of integers, got {rate!r}")
         for r in pair:
-            _check_integer(r, "rates", 1)
+            check_integer(r, "rates", 1)
         down, right = pair
         pairs.append((down, right))
         if both and down != right:
@@ -206,7 +208,7 @@ def dilated_affinity_target(
     """
     check_labels(labels, "labels", ndim=3)
     if ignore_index is not None:
-        _check_integer(ignore_index, "ignore_index")
+        check_integer(ignore_index, "ignore_index")
     batch, height, width = labels.shape
     steps = _check_offsets(offsets, height, width)
     target = labels.new_zeros((batch, len(steps), height, width), dtype=torch.bool)
@@ -291,7 +293,7 @@ def neighbour_count_frequencies(
     >>> neighbour_count_frequencies(target, valid, 1, normalise=False)  # the centre pixel alone
     tensor([[0, 0, 0, 0, 0, 0, 0, 1, 0]])
     """
-    _check_integer(num_rates, "num_rates", 1)
+    check_integer(num_rates, "num_rates", 1)
     if not isinstance(normalise, bool):
         raise TypeError(f"normalise: expected a bool, got {normalise!r}")
     _check_target(target, valid, num_rates)
@@ -540,7 +542,7 @@ class DilatedAffinityLoss(nn.Module):
         check_same_device([("logits", logits), ("target", target)])
         # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
         if not torch.compiler.is_compiling():
-            _check_all_finite(logits, "logits")
+            check_finite(logits, "logits")
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rates = logits.shape[1] // 8
         table = self.table.to(logits.device, dtype).expand(rates, -1, -1)
@@ -611,7 +613,7 @@ class AffinityHead(nn.Module):
         self, in_channels: int, offsets: Tensor, prior: float | Sequence[float] | Tensor
     ) -> None:
         super().__init__()
-        _check_integer(in_channels, "in_channels", 1)
+        check_integer(in_channels, "in_channels", 1)
         _check_offsets(offsets, 0, 0)
         channels = len(offsets)
         share = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
@@ -767,6 +769,41 @@ class _Propagation:
         return before
 
 
+class _PropagationByKernel(_Propagation):
+    """The same steps by the GPU's kernel, whole images at once."""
+
+    def __init__(
+        self,
+        first: Tensor,
+        affinity: Tensor,
+        steps: list[tuple[int, int]],
+        lam: float,
+        anchored: bool,
+    ) -> None:
+        self.first, self.lam, self.anchored = first.contiguous(), lam, anchored
+        self.affinity = affinity.contiguous()
+        self.offsets = torch.tensor(steps, dtype=torch.int32, device=first.device)
+
+    def step(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        from affnb.kernels import affinity_propagation as kernel
+
+        p = p.contiguous()
+        source = self.first if self.anchored else p
+        return kernel.step(p, source, self.affinity, self.offsets, self.lam)
+
+    def back(
+        self, p: Tensor, after: Tensor, totals: Tensor, grad: Tensor, grad_a: Tensor, anchor: Tensor
+    ) -> Tensor:
+        from affnb.kernels import affinity_propagation as kernel
+
+        p, grad = p.contiguous(), grad.contiguous()
+        g = kernel.back_to_sums(p, after, totals, grad, self.offsets, grad_a)
+        if self.anchored:
+            anchor += g
+        own = torch.zeros_like(p) if self.anchored else self.back_own(p, g)
+        return kernel.back_to_map(g, own, self.affinity, self.offsets)
+
+
 def _budget(prob: Tensor) -> int:
     return _STRIP_CUDA if prob.is_cuda else _STRIP_CPU
 
@@ -796,8 +833,9 @@ class _Propagate(torch.autograd.Function):
         ctx.save_for_backward(prob, affinity)
         ctx.options = steps, lam, iterations, anchored
         result = torch.empty_like(prob, memory_format=torch.contiguous_format)
+        make = _PropagationByKernel if kernels.wanted(prob) else _Propagation
         for part in _chunks(prob):
-            run = _Propagation(prob[part], affinity[part], steps, lam, anchored)
+            run = make(prob[part], affinity[part], steps, lam, anchored)
             p = prob[part]
             for _ in range(iterations):
                 p, _ = run.step(p)
@@ -810,11 +848,12 @@ class _Propagate(torch.autograd.Function):
         prob, affinity = ctx.saved_tensors
         steps, lam, iterations, anchored = ctx.options
         grad_p = torch.empty_like(prob)
-        grad_a = torch.zeros_like(affinity)
+        grad_a = torch.zeros_like(affinity, memory_format=torch.contiguous_format)
+        make = _PropagationByKernel if kernels.wanted(prob) else _Propagation
         stretch = math.isqrt(max(0, iterations - 1)) + 1
         for part in _chunks(prob):
             first = prob[part]
-            run = _Propagation(first, affinity[part], steps, lam, anchored)
+            run = make(first, affinity[part], steps, lam, anchored)
             marks, p = [first], first  # the state before each stretch
             for t in range((iterations - 1) // stretch * stretch):
                 p, _ = run.step(p)
@@ -959,7 +998,7 @@ def propagate_affinity(
     check_shape(affinity, "affinity", (batch, len(steps), height, width))
     check_same_device([("prob", prob), ("affinity", affinity)])
     check_at_least(lam, "lam", 0)
-    _check_integer(iterations, "iterations", 0)
+    check_integer(iterations, "iterations", 0)
     if not isinstance(anchored, bool):
         raise TypeError(f"anchored: expected a bool, got {anchored!r}")
     check_one_of(backend, "backend", _BACKENDS)
@@ -979,8 +1018,8 @@ def propagate_affinity(
 
 
 def _check_values(prob: Tensor, affinity: Tensor, steps: list[tuple[int, int]], lam: float) -> None:
-    _check_all_finite(prob, "prob")
-    _check_all_finite(affinity, "affinity")
+    check_finite(prob, "prob")
+    check_finite(affinity, "affinity")
     lowest, sums = float(prob.detach().amin()), prob.detach().sum(1, dtype=torch.float32)
     off = float((sums - 1).abs().amax())
     if lowest < -_TOLERANCE or off > _TOLERANCE:
