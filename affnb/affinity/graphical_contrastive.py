@@ -96,7 +96,7 @@ def _parts(logits: Tensor, none_index: int) -> list[tuple[int, Tensor]]:
 
 
 def _pair_affinity(logits: Tensor, none_index: int) -> Tensor:
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = _wide(logits)
     sums = [part.logsumexp(-1) for _, part in _parts(z, none_index)]
     related = sums[0] if len(sums) == 1 else torch.logaddexp(*sums)
     return torch.sigmoid(related - z[..., none_index])
@@ -373,29 +373,30 @@ def _ratio(terms: list[tuple[Tensor, Tensor]], group: ProcessGroup | None) -> Te
     return (totals / divisors.clamp(min=1)).sum()
 
 
-def _contrast(
-    subject: _Anchors,
-    object_: _Anchors,
-    alpha: float,
-    side: str,
-    normalisation: str,
-    group: ProcessGroup | None,
-    backend: str,
-) -> Tensor:
-    sides = {"subject": [subject], "object": [object_], "both": [subject, object_]}[side]
-    hinge_sum = _hinge_sum if backend == "auto" else _reference_hinge_sum
-    return _ratio([hinge_sum(anchors, alpha, normalisation) for anchors in sides], group)
+class _Options(NamedTuple):
+    """The arguments that the three losses share."""
+
+    alpha: float
+    side: str
+    normalisation: str
+    group: ProcessGroup | None
+    backend: str
+
+    def check(self, name: str = "alpha") -> None:
+        check_at_least(self.alpha, name, 0)
+        if self.alpha > 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {self.alpha!r}")
+        check_one_of(self.side, "side", ("both", "subject", "object"))
+        check_one_of(self.normalisation, "normalisation", ("paper", "released"))
+        check_one_of(self.backend, "backend", ("auto", "reference"))
 
 
-def _check_options(
-    alpha: float, side: str, normalisation: str, backend: str, name: str = "alpha"
-) -> None:
-    check_at_least(alpha, name, 0)
-    if alpha > 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {alpha!r}")
-    check_one_of(side, "side", ("both", "subject", "object"))
-    check_one_of(normalisation, "normalisation", ("paper", "released"))
-    check_one_of(backend, "backend", ("auto", "reference"))
+def _contrast(both: tuple[_Anchors, _Anchors], options: _Options) -> Tensor:
+    """One of the three losses, from its anchors at the subjects and at the objects."""
+    sides = {"subject": both[:1], "object": both[1:], "both": both}[options.side]
+    hinge_sum = _hinge_sum if options.backend == "auto" else _reference_hinge_sum
+    terms = [hinge_sum(anchors, options.alpha, options.normalisation) for anchors in sides]
+    return _ratio(terms, options.group)
 
 
 def _check_affinity(phi: Tensor, pos: Tensor, neg: Tensor) -> None:
@@ -423,8 +424,23 @@ def _check_together(check: Callable[[], None], group: ProcessGroup | None) -> No
     raise_together(error, group)
 
 
-def _wide(phi: Tensor) -> Tensor:
-    return phi if phi.dtype == torch.float64 else phi.float()
+def _checked_contrast(
+    check: Callable[[], None],
+    anchors: Callable[[], tuple[_Anchors, _Anchors]],
+    options: _Options,
+) -> Tensor:
+    """`_contrast` once the options, and whatever else is given, have been checked."""
+
+    def check_all() -> None:
+        options.check()
+        check()
+
+    _check_together(check_all, options.group)
+    return _contrast(anchors(), options)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _class_agnostic(phi: Tensor, pos: Tensor, neg: Tensor) -> tuple[_Anchors, _Anchors]:
@@ -499,14 +515,10 @@ def class_agnostic_loss(
     >>> class_agnostic_loss(phi, pos, ~pos)  # 0.2 - (0.9 - 0.8); no object is an anchor with rivals
     tensor(0.1000)
     """
-
-    def check() -> None:
-        _check_options(alpha, side, normalisation, backend)
-        _check_affinity(phi, pos, neg)
-
-    _check_together(check, group)
-    return _contrast(
-        *_class_agnostic(_wide(phi), pos, neg), alpha, side, normalisation, group, backend
+    return _checked_contrast(
+        lambda: _check_affinity(phi, pos, neg),
+        lambda: _class_agnostic(_wide(phi), pos, neg),
+        _Options(alpha, side, normalisation, group, backend),
     )
 
 
@@ -600,15 +612,14 @@ def entity_class_aware_loss(
     """
 
     def check() -> None:
-        _check_options(alpha, side, normalisation, backend)
         _check_affinity(phi, pos, neg)
         _check_classes(phi, subj_cls, obj_cls)
 
-    _check_together(check, group)
-    return _contrast(
-        *_entity_class_aware(_wide(phi), pos, neg, subj_cls, obj_cls),
-        alpha, side, normalisation, group, backend,
-    )  # fmt: skip
+    return _checked_contrast(
+        check,
+        lambda: _entity_class_aware(_wide(phi), pos, neg, subj_cls, obj_cls),
+        _Options(alpha, side, normalisation, group, backend),
+    )
 
 
 def _predicted(logits: Tensor, none_index: int, include_none: bool) -> Tensor:
@@ -625,8 +636,15 @@ def _predicted(logits: Tensor, none_index: int, include_none: bool) -> Tensor:
 
 
 def _check_predicates(
-    logits: Tensor, gt_pred: Tensor, mask: Tensor | None, none_index: int
+    logits: Tensor,
+    gt_pred: Tensor,
+    mask: Tensor | None,
+    include_none: bool,
+    negatives: str,
+    none_index: int,
 ) -> None:
+    check_one_of(include_none, "include_none", (False, True))
+    check_one_of(negatives, "negatives", ("unrelated", "incorrect"))
     _check_logits(logits, none_index)
     if logits.ndim < 3:
         raise ValueError(f"logits: expected shape (..., S, O, E + 1), got {tuple(logits.shape)}")
@@ -735,20 +753,18 @@ def predicate_class_aware_loss(
     >>> predicate_class_aware_loss(pair_affinity(logits), logits, gt_pred, side="subject")
     tensor(0.2000)
     """
+    labels = (logits, gt_pred, mask, include_none, negatives, none_index)
 
     def check() -> None:
-        _check_options(alpha, side, normalisation, backend)
-        check_one_of(include_none, "include_none", (False, True))
-        check_one_of(negatives, "negatives", ("unrelated", "incorrect"))
-        _check_predicates(logits, gt_pred, mask, none_index)
+        _check_predicates(*labels)
         nothing = torch.zeros_like(gt_pred, dtype=torch.bool)
         _check_affinity(phi, nothing, nothing)
 
-    _check_together(check, group)
-    anchors = _predicate_class_aware(
-        _wide(phi), logits, gt_pred, mask, include_none, negatives, none_index
+    return _checked_contrast(
+        check,
+        lambda: _predicate_class_aware(_wide(phi), *labels),
+        _Options(alpha, side, normalisation, group, backend),
     )
-    return _contrast(*anchors, alpha, side, normalisation, group, backend)
 
 
 def graphical_contrastive_loss(
@@ -815,6 +831,10 @@ def graphical_contrastive_loss(
     {'loss': 1.447, 'cross_entropy': 1.127, 'class_agnostic': 0.2, 'entity_class_aware': 0.2,
      'predicate_class_aware': 0.2}
     """
+    labels = (logits, gt_pred, mask, include_none, negatives, none_index)
+
+    def options(alpha: float) -> _Options:
+        return _Options(alpha, "both", normalisation, group, backend)
 
     def check() -> None:
         for name, values in (("weights", weights), ("alphas", alphas)):
@@ -823,10 +843,8 @@ def graphical_contrastive_loss(
         for weight in weights:
             check_at_least(weight, "weights", 0)
         for alpha in alphas:
-            _check_options(alpha, "both", normalisation, backend, "alphas")
-        check_one_of(include_none, "include_none", (False, True))
-        check_one_of(negatives, "negatives", ("unrelated", "incorrect"))
-        _check_predicates(logits, gt_pred, mask, none_index)
+            options(alpha).check("alphas")
+        _check_predicates(*labels)
         _check_classes(logits[..., 0], subj_cls, obj_cls)
 
     _check_together(check, group)
@@ -840,15 +858,13 @@ def graphical_contrastive_loss(
     sides: dict[str, Callable[[], tuple[_Anchors, _Anchors]]] = {
         "class_agnostic": lambda: _class_agnostic(phi, pos, neg),
         "entity_class_aware": lambda: _entity_class_aware(phi, pos, neg, subj_cls, obj_cls),
-        "predicate_class_aware": lambda: _predicate_class_aware(
-            phi, logits, gt_pred, mask, include_none, negatives, none_index
-        ),
+        "predicate_class_aware": lambda: _predicate_class_aware(phi, *labels),
     }
     loss = parts["cross_entropy"]
     for (name, anchors), weight, alpha in zip(sides.items(), weights, alphas, strict=True):
         parts[name] = loss.new_zeros(())
         if weight:
-            parts[name] = _contrast(*anchors(), alpha, "both", normalisation, group, backend)
+            parts[name] = _contrast(anchors(), options(alpha))
             loss = loss + weight * parts[name]
     return {"loss": loss, **parts}
 

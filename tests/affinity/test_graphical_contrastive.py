@@ -1,8 +1,14 @@
 """Graphical contrastive losses, the weightless parts of RelDN, and the metrics of scene graphs."""
 
+import ast
 import importlib
+import json
 import math
+import sys
+import types
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -11,9 +17,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
+from torch import nn
 from torch.autograd import gradcheck
 
 from affnb.data.scene_graphs import scene_graphs
+from affnb.data.visual_genome import RelationImage, VisualGenomeRelations
 
 gc = importlib.import_module("affnb.affinity.graphical_contrastive")
 DOUBLE = torch.float64
@@ -809,19 +817,16 @@ def test_scene_options():
 # --------------------------------------------------------------------------------------------------
 
 
-def test_visual_genome_files(tmp_path):
+def write_visual_genome(folder):
+    """Three photographs: a test image with a relation, one without, and one of the training split."""
     h5py, image = pytest.importorskip("h5py"), pytest.importorskip("PIL.Image")
-    import json
-
-    from affnb.data.visual_genome import VisualGenomeRelations
-
-    (tmp_path / "VG_100K").mkdir()
+    (folder / "VG_100K").mkdir()
     for number in (7, 8, 9):
-        image.new("RGB", (512, 256), (255, 0, number)).save(tmp_path / f"VG_100K/{number}.jpg")
-    (tmp_path / "image_data.json").write_text(
+        image.new("RGB", (512, 256), (255, 0, number)).save(folder / f"VG_100K/{number}.jpg")
+    (folder / "image_data.json").write_text(
         json.dumps([{"image_id": i} for i in (7, 1592, 8, 9)])  # the second cannot be decoded
     )
-    with h5py.File(tmp_path / "VG-SGG.h5", "w") as file:
+    with h5py.File(folder / "VG-SGG.h5", "w") as file:
         file["split"] = np.array([2, 2, 0])
         file["img_to_first_box"], file["img_to_last_box"] = np.array([0, 2, 5]), np.array([1, 4, 6])
         file["img_to_first_rel"], file["img_to_last_rel"] = (
@@ -834,6 +839,10 @@ def test_visual_genome_files(tmp_path):
             np.array([[1, 0], [5, 6]]),
             np.array([[50], [3]]),
         )
+
+
+def test_visual_genome_files(tmp_path):
+    write_visual_genome(tmp_path)
     test = VisualGenomeRelations(tmp_path, "test")
     assert len(test) == 1  # the other test image has no relation
     photo = test[0]
@@ -851,6 +860,232 @@ def test_visual_genome_files(tmp_path):
         VisualGenomeRelations(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"^split: expected"):
         VisualGenomeRelations(tmp_path, "all")
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter's full profile, on a stand-in for torchvision: a VGG-16 of few channels
+# --------------------------------------------------------------------------------------------------
+
+
+def thin_vgg16(weights=None):
+    """The layers of torchvision's VGG-16 in their places, with 2 channels and 6 hidden units."""
+    torch.manual_seed(0)
+    layers, channels = [], 3
+    for count in (2, 2, 3, 3, 3):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, 2, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = 2
+        layers.append(nn.MaxPool2d(2))
+    vgg = nn.Module()
+    vgg.features = nn.Sequential(*layers)
+    hidden = [nn.Linear(2 * 49, 6), nn.ReLU(True), nn.Dropout(), nn.Linear(6, 6)]
+    vgg.classifier = nn.Sequential(*hidden, nn.ReLU(True), nn.Dropout(), nn.Linear(6, 10))
+    vgg.weights = weights
+    return vgg
+
+
+def sampled_roi(maps, boxes, output_size, spatial_scale):
+    """The map at the middle of each cell of a grid over the box: RoIAlign with one sample a cell."""
+    (boxes,), (high, wide) = boxes, maps.shape[-2:]
+    step = (torch.arange(output_size) + 0.5) / output_size
+    corner, extent = boxes[:, :2] * spatial_scale, (boxes[:, 2:] - boxes[:, :2]) * spatial_scale
+    x, y = (corner[:, i, None] + extent[:, i, None] * step for i in range(2))
+    grid = torch.stack(
+        [
+            (2 * x / wide - 1)[:, None, :].expand(-1, output_size, -1),
+            (2 * y / high - 1)[:, :, None].expand(-1, -1, output_size),
+        ],
+        -1,
+    )
+    return F.grid_sample(maps.expand(len(boxes), -1, -1, -1), grid, align_corners=False)
+
+
+class Photographs(list):
+    """Annotated photographs in the form of VisualGenomeRelations: 3 classes, 2 predicates."""
+
+    num_classes, num_predicates = 3, 2
+
+    def graph(self, index):
+        return self[index].classes, self[index].relations
+
+
+def photographs(count):
+    generator = torch.Generator().manual_seed(count)
+    made = Photographs()
+    for _ in range(count):
+        corner = torch.rand(4, 2, generator=generator) * 40
+        made.append(
+            RelationImage(
+                torch.rand(3, 60, 80, generator=generator),
+                torch.cat([corner, corner + 5 + torch.rand(4, 2, generator=generator) * 15], 1),
+                torch.randint(3, (4,), generator=generator),
+                torch.tensor([[0, 1, 1], [2, 3, 2], [3, 3, 1]]),  # the last one is with itself
+            )
+        )
+    return made
+
+
+@pytest.fixture
+def chapter(monkeypatch):
+    """What the chapter's cells import and define, with a stand-in for torchvision; nothing is run."""
+    path = Path(__file__).parents[2] / "chapters/affinity/graphical_contrastive.ipynb"
+    cells = [c for c in nbformat.read(path, as_version=4)["cells"] if c["cell_type"] == "code"]
+    body = [node for cell in cells for node in ast.parse(cell["source"]).body]
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    names = {"device": torch.device("cpu"), "chapter": "affinity/graphical_contrastive", "own": ""}
+    names |= {"seeds": [], "arms": {"cross-entropy": (0, 0, 0), "+ all three": (1, 0.5, 0.1)}}
+    tree = ast.Module([node for node in body if isinstance(node, kept)], [])
+    exec(compile(tree, str(path), "exec"), names)
+    names["full_profile"] = compile(
+        ast.Module(
+            [n for n in body if isinstance(n, ast.If) and "compare_on" in ast.unparse(n)], []
+        ),
+        str(path),
+        "exec",
+    )
+    models, ops = types.ModuleType("torchvision.models"), types.ModuleType("torchvision.ops")
+    models.vgg16 = thin_vgg16
+    models.VGG16_Weights = types.SimpleNamespace(IMAGENET1K_V1="ImageNet")
+    ops.roi_align = sampled_roi
+    for name, module in (("models", models), ("ops", ops)):
+        monkeypatch.setitem(sys.modules, f"torchvision.{name}", module)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    return names
+
+
+def test_photograph_pairs(chapter):
+    predicates = chapter["predicate_matrix"](torch.tensor([[0, 2, 5], [0, 2, 7], [1, 1, 3]]), 3)
+    assert predicates.tolist() == [[0, 0, 7], [0, 0, 0], [0, 0, 0]]  # the last label; not itself
+    predicates = torch.zeros(40, 40, dtype=torch.long)
+    predicates[:10] = 1
+    predicates.fill_diagonal_(0)
+    pairs = chapter["sampled_pairs"](predicates)
+    assert int(pairs.sum()) == 512
+    assert not pairs.diagonal().any()
+    assert int((pairs & (predicates > 0)).sum()) == 128
+    few = chapter["sampled_pairs"](predicates[:5, :5])  # all of few
+    assert few.equal(~torch.eye(5, dtype=torch.bool))
+
+
+def test_photograph_prior(chapter):
+    made = Photographs([photographs(1)[0]._replace(classes=torch.tensor([0, 1, 0, 0]))])
+    prior = chapter["photograph_prior"](made)
+    assert prior.shape == (3, 3, 3)
+    # 0 with 1: two unrelated pairs, one of predicate 1, and one more unrelated.
+    torch.testing.assert_close(prior[0, 1].exp(), torch.tensor([0.751, 0.251, 0.001]))
+    torch.testing.assert_close(prior[2, 2].exp(), torch.tensor([1.001, 0.001, 0.001]))
+
+
+def test_photograph_features(chapter, monkeypatch):
+    seen = []
+
+    def watched(maps, boxes, output_size, spatial_scale):
+        seen.append((maps.shape, boxes[0]))
+        assert (output_size, spatial_scale) == (7, 1 / 16)
+        return sampled_roi(maps, boxes, output_size, spatial_scale)
+
+    monkeypatch.setattr(sys.modules["torchvision.ops"], "roi_align", watched)
+    features = chapter["PhotographFeatures"](thin_vgg16()).eval()
+    photo = photographs(1)[0]
+    scenes, spatial, pairs = features(photo)
+    assert scenes.union_features.shape == (1, 4, 4, 6)
+    assert spatial.shape == (1, 4, 4, 28)
+    assert pairs[0].equal(~torch.eye(4, dtype=torch.bool))
+    assert scenes.predicates[0].nonzero().tolist() == [[0, 1], [2, 3]]
+    # 60 x 80 pixels become 800 x 1066, which 13 and a half blocks of two make 50 x 66.
+    assert [tuple(shape) for shape, _ in seen] == [(1, 2, 50, 66)] * 2
+    torch.testing.assert_close(seen[0][1], photo.boxes * (800 / 60))
+    low, high = photo.boxes[:, :2], photo.boxes[:, 2:]
+    first, second = pairs[0].nonzero().T
+    around = torch.cat([low[first].minimum(low[second]), high[first].maximum(high[second])], 1)
+    torch.testing.assert_close(seen[1][1], around * (800 / 60))
+    (scenes.subject_features.sum() + scenes.union_features.sum()).backward()
+    assert all(w.grad is None for w in features.body_det.parameters())
+    graded = [w.grad is not None for w in features.body_rel.parameters()]
+    assert graded == [False] * 8 + [True] * 18  # conv1 and conv2: four layers with a bias each
+    # A long image is bounded by its longer side.
+    seen.clear()
+    wide = photo._replace(image=torch.rand(3, 20, 80))
+    features(wide._replace(boxes=torch.tensor([[1.0, 2, 9, 8]]).repeat(4, 1)))
+    assert tuple(seen[0][0]) == (1, 2, 333 // 16, 1333 // 16)
+
+
+def test_photograph_optimiser(chapter):
+    features = chapter["PhotographFeatures"](thin_vgg16())
+    model = nn.Linear(2, 2)
+    optimizer, scheduler = chapter["photograph_optimiser"](features, model, 9000)
+    rates = {id(g["params"][0]): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
+    frozen = [*features.body_det.parameters(), *features.body_rel[:10].parameters()]
+    assert not any(id(w) in rates for w in frozen)
+    start = 1 / 3  # of the warm-up
+    for layer, rate in (
+        (features.body_rel[10], 0.001),
+        (features.head_rel[0], 0.001),
+        (features.head_subject[3], 0.01),
+        (features.head_object[3], 0.01),
+        (model, 0.01),
+    ):
+        assert rates[id(layer.weight)] == pytest.approx((rate * start, 1e-4))
+        assert rates[id(layer.bias)] == pytest.approx((2 * rate * start, 0))
+    (factor,) = {id(f): f for f in scheduler.lr_lambdas}.values()
+    assert [factor(i) for i in (0, 250, 500, 5999, 6000, 8000)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 0.1, 0.01]
+    )
+
+
+def test_photographs_from_training_to_verdicts(chapter):
+    recorded, trained, plain = [], [], chapter["PhotographFeatures"]
+    chapter["settle"] = lambda *given, **options: recorded.append((given, options))
+    chapter["PhotographFeatures"] = lambda vgg: trained.append(plain(vgg)) or trained[-1]
+    chapter["compare_on_photographs"](
+        thin_vgg16, photographs(2), photographs(1), [0, 1], "a note", epochs=1, batch=2, workers=0
+    )
+    assert [given[0].split(":")[1] for given, _ in recorded] == [
+        "visual-genome-r20",
+        "visual-genome-r50",
+        "visual-genome-r100",
+        "visual-genome-wmap",
+    ]
+    assert all(
+        -100 <= given[3].mean <= 100 and given[3].n == 2 and options["note"] == "a note"
+        for given, options in recorded
+    )
+    assert recorded[1][0][3].mean == 0  # 12 pairs an image: all are among the first 50, for both
+    fresh = plain(thin_vgg16())
+    for features in trained:
+        for kept in ("body_det", "body_rel"):
+            torch.testing.assert_close(
+                getattr(features, kept)[:10].state_dict(), getattr(fresh, kept)[:10].state_dict()
+            )
+        assert not features.head_rel[0].weight.equal(fresh.head_rel[0].weight)
+    # The same seed: same start and same batches, but another loss.
+    assert not trained[0].head_rel[0].weight.equal(trained[2].head_rel[0].weight)
+
+
+def test_full_profile_takes_the_papers_body_and_data(chapter, tmp_path):
+    write_visual_genome(tmp_path)
+    called = []
+    chapter |= {"full": True, "data_root": str(tmp_path), "few": [0, 1, 2, 3]}
+    chapter["compare_on_photographs"] = lambda *given, **options: called.append((given, options))
+    exec(chapter["full_profile"], chapter)
+    ((make_vgg, train, test, seeds, note), options), *_ = called
+    assert make_vgg().weights == "ImageNet"
+    assert "ImageNet" in note
+    assert (len(train), len(test), seeds, options) == (0, 1, [0, 1, 2], {})
+
+    vgg = thin_vgg16()
+    own = {
+        name: value + 1 for name, value in vgg.state_dict().items() if "classifier.6" not in name
+    }
+    torch.save(own, tmp_path / "vgg16_detector.pth")
+    exec(chapter["full_profile"], chapter)
+    (make_vgg, *_, note), _ = called[1]
+    assert "detector" in note
+    loaded = make_vgg().state_dict()
+    torch.testing.assert_close({name: loaded[name] for name in own}, own)
+    torch.save({**own, "RPN.weight": torch.ones(1)}, tmp_path / "vgg16_detector.pth")
+    with pytest.raises(RuntimeError, match=r"RPN\.weight"):
+        make_vgg()
 
 
 # --------------------------------------------------------------------------------------------------
