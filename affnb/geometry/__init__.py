@@ -1,0 +1,41 @@
+"""Geometry: motions, their invariants, and robust estimation."""
+
+from affnb.geometry.se3_relative_pose import (
+    PoseCandidates,
+    PoseEstimate,
+    cayley_to_rot,
+    decompose_essential,
+    essential_nullspace,
+    hat,
+    quat_to_rot,
+    ransac_relative_pose,
+    sampson_distance,
+    se3_invariants,
+    sir2_matrix,
+    sir3_matrix,
+    sir6_matrix,
+    solve_4p_st0,
+    solve_five_point,
+    solve_known_angle,
+    solve_translation_only,
+)
+
+__all__ = [
+    "PoseCandidates",
+    "PoseEstimate",
+    "cayley_to_rot",
+    "decompose_essential",
+    "essential_nullspace",
+    "hat",
+    "quat_to_rot",
+    "ransac_relative_pose",
+    "sampson_distance",
+    "se3_invariants",
+    "sir2_matrix",
+    "sir3_matrix",
+    "sir6_matrix",
+    "solve_4p_st0",
+    "solve_five_point",
+    "solve_known_angle",
+    "solve_translation_only",
+]

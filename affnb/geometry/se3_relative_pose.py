@@ -1,0 +1,1910 @@
+r"""Relative pose of two calibrated views from few points and from what no camera mount can change.
+
+A motion has two numbers that do not depend on the frame in which it is written: its rotation angle
+``theta`` and its screw translation ``delta``, the part of its translation along its axis, zero for every
+planar motion. Either replaces one point pair of a minimal solver (Li, Martyushev and Lee, "Relative Pose
+Estimation of Calibrated Cameras with Known SE(3) Invariants", 2020; equation and table numbers below are
+that paper's).
+
+**One convention everywhere.** ``q1`` and ``q2`` are bearings (directions) of the same points in the first
+and in the second camera, and a scene point ``X1`` in the first camera's frame is ``X2 = R X1 + t`` in the
+second's. Rotations follow the right-hand rule. ``E = hat(t) @ R``, so ``q2 @ E @ q1 = 0``. The paper's
+``t`` and its quaternion's ``u`` are minus ours; ``delta`` is the same.
+
+Everything is computed in float64, whatever the input's dtype: single precision is too coarse for the
+eigenvalue problems behind these solvers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import combinations, combinations_with_replacement
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from affnb.checks import (
+    check_at_least,
+    check_finite,
+    check_floating,
+    check_one_of,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+from affnb.kernels import uncompiled
+
+__all__ = [
+    "PoseCandidates",
+    "PoseEstimate",
+    "cayley_to_rot",
+    "decompose_essential",
+    "essential_nullspace",
+    "hat",
+    "quat_to_rot",
+    "ransac_relative_pose",
+    "sampson_distance",
+    "se3_invariants",
+    "sir2_matrix",
+    "sir3_matrix",
+    "sir6_matrix",
+    "solve_4p_st0",
+    "solve_five_point",
+    "solve_known_angle",
+    "solve_translation_only",
+]
+
+Convention = Literal["hamilton", "paper"]
+Backend = Literal["auto", "reference"]
+Solver = Literal["5p", "4p_st0", "4p_ra", "3p_ra_st0", "2p_to"]
+
+_CONVENTIONS, _BACKENDS = ("hamilton", "paper"), ("auto", "reference")
+
+#: Problems solved at a time, and residuals of hypotheses held at a time: they bound the memory.
+_CHUNK, _RESIDUALS = 512, 2**18
+
+#: A root is one when its constraints hold to this (radians, for bearings of length 1).
+_ZERO = 1e-11
+#: Two candidates nearer than this are the same root, found from two starts.
+_SAME = 1e-9
+#: Below this, two bearings of a sample enclose the same angle in both views, and a second rotation of
+#: an essential matrix counts as planar too.
+_NEAR = 1e-10
+#: Imaginary part, relative to the root, up to which Newton's method tries for a real root near by.
+_REAL = 0.1
+#: How near theta = pi the polynomial system may come, where its equations become dependent. Newton's
+#: method then goes from there to the true angle.
+_HALF_TURN = math.pi - 2e-5
+_TINY = 1e-300  # keeps a division by zero finite
+
+
+class PoseCandidates(NamedTuple):
+    """All real solutions of minimal problems, padded to the most that there can be, and a mask.
+
+    Attributes
+    ----------
+    R, t, E
+        float64 ``(..., K, 3, 3)``, ``(..., K, 3)``, ``(..., K, 3, 3)``: rotation, unit translation and
+        ``hat(t) @ R``. Where ``valid`` is false they are the identity and zeros.
+    valid
+        bool ``(..., K)``. Valid candidates come first.
+    in_front
+        bool ``(..., K)``: all points of the sample lie in front of both cameras.
+    """
+
+    R: Tensor
+    t: Tensor
+    E: Tensor
+    valid: Tensor
+    in_front: Tensor
+
+
+class PoseEstimate(NamedTuple):
+    """What RANSAC found: the hypothesis of the least cost.
+
+    Attributes
+    ----------
+    R, t, E
+        float64 ``(..., 3, 3)``, ``(..., 3)``, ``(..., 3, 3)``; identity and zeros if no sample had a
+        real solution.
+    inliers
+        bool ``(..., N)``: pairs within the threshold.
+    cost
+        float64 ``(...)``: sum over pairs of the squared Sampson distance, each at most the squared
+        threshold.
+    valid
+        bool ``(...)``: there is an estimate.
+    fallback
+        bool ``(...)``: it comes from the translation-only fallback.
+    """
+
+    R: Tensor
+    t: Tensor
+    E: Tensor
+    inliers: Tensor
+    cost: Tensor
+    valid: Tensor
+    fallback: Tensor
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotations and invariants
+# --------------------------------------------------------------------------------------------------
+
+
+def _real(value: Any, name: str, tail: Sequence[int | None]) -> Tensor:
+    """Check a floating tensor whose last dimensions are ``tail`` and return it in float64."""
+    check_tensor(value, name)
+    check_floating(value, name)
+    shape = (*value.shape[: max(0, value.ndim - len(tail))], *tail)
+    if value.ndim < len(tail):
+        raise ValueError(f"{name}: expected at least {len(tail)} dimensions, got {value.ndim}")
+    check_shape(value, name, shape)
+    check_finite(value, name)
+    result: Tensor = value.double()
+    return result
+
+
+def hat(v: Tensor) -> Tensor:
+    """Skew-symmetric matrices of the cross product: ``hat(a) @ b`` is ``a x b``.
+
+    Parameters
+    ----------
+    v
+        Floating, ``(..., 3)``.
+
+    Returns
+    -------
+    Tensor
+        ``(..., 3, 3)``, of the same dtype.
+
+    Raises
+    ------
+    TypeError
+        Not a floating-point tensor.
+    ValueError
+        The last dimension is not 3.
+
+    Notes
+    -----
+    Time and memory ``O(1)`` a vector.
+
+    Examples
+    --------
+    >>> hat(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([[ 0., -3.,  2.],
+            [ 3.,  0., -1.],
+            [-2.,  1.,  0.]])
+    """
+    check_tensor(v, "v")
+    check_floating(v, "v")
+    check_shape(v, "v", (*v.shape[:-1], 3))
+    return _hat(v)
+
+
+def _hat(v: Tensor) -> Tensor:
+    x, y, z = v.unbind(-1)
+    o = torch.zeros_like(x)
+    matrix = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1)
+    return matrix.reshape(*matrix.shape[:-1], 3, 3)
+
+
+def quat_to_rot(q: Tensor, *, convention: Convention = "hamilton") -> Tensor:
+    r"""Evaluate Eq. 1, ``2 (u u^T +- s hat(u)) + (s^2 - |u|^2) I``, for quaternions ``(s, u)``.
+
+    Parameters
+    ----------
+    q
+        Floating, ``(..., 4)``: the scalar part ``s`` first. Not normalised here: for a quaternion that is
+        not of length 1 the result is ``s^2 + |u|^2`` times a rotation (that factor is what the book's
+        chapter follows through the determinants).
+    convention
+        ``"hamilton"`` (default): the plus sign, a rotation by the right-hand rule about ``u``.
+        ``"paper"``: the minus sign of Eq. 1, its transpose.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., 3, 3)``.
+
+    Raises
+    ------
+    TypeError
+        Not a floating-point tensor.
+    ValueError
+        A wrong shape, values that are not finite, an unknown convention.
+
+    Notes
+    -----
+    Time and memory ``O(1)`` a quaternion. Differentiable everywhere.
+
+    Examples
+    --------
+    >>> quat_to_rot(torch.tensor([1.0, 0.0, 0.0, 1.0])) / 2  # a quarter turn about z takes x to y
+    tensor([[ 0., -1.,  0.],
+            [ 1.,  0.,  0.],
+            [ 0.,  0.,  1.]], dtype=torch.float64)
+    """
+    check_one_of(convention, "convention", _CONVENTIONS)
+    R = _rotation(_real(q, "q", (4,)))
+    return R if convention == "hamilton" else R.mT
+
+
+def _rotation(q: Tensor) -> Tensor:
+    s, u = q[..., 0, None, None], q[..., 1:]
+    square = s * s - (u * u).sum(-1)[..., None, None]
+    return 2 * (u[..., :, None] * u[..., None, :] + s * _hat(u)) + square * _eye(3, q)
+
+
+def _eye(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def cayley_to_rot(v: Tensor, *, convention: Convention = "hamilton") -> Tensor:
+    r"""Rotations by the Cayley transform (Eq. 4), for vectors of length ``tan(theta / 2)``.
+
+    Parameters
+    ----------
+    v
+        Floating, ``(..., 3)``: the axis times ``tan(theta / 2)``. No vector gives a half-turn.
+    convention
+        ``"hamilton"`` (default): right-hand rule. ``"paper"``: Eq. 4, its transpose.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., 3, 3)``.
+
+    Raises
+    ------
+    TypeError
+        Not a floating-point tensor.
+    ValueError
+        A wrong shape, values that are not finite, an unknown convention.
+
+    Notes
+    -----
+    Time and memory ``O(1)`` a vector. Differentiable everywhere.
+
+    Examples
+    --------
+    >>> R = cayley_to_rot(torch.tensor([0.0, 0.0, 1.0]))  # a quarter turn about z
+    >>> torch.allclose(R, torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]).double())
+    True
+    """
+    v = _real(v, "v", (3,))
+    q = torch.cat([torch.ones_like(v[..., :1]), v], -1)
+    return quat_to_rot(q, convention=convention) / (q * q).sum(-1)[..., None, None]
+
+
+def _quaternion(R: Tensor) -> Tensor:
+    """Unit quaternion with a scalar part of at least 0 of a (nearly) rotation matrix.
+
+    Every row of the 4 x 4 matrix below is a multiple of the quaternion; the one with the largest
+    diagonal entry is the best conditioned.
+    """
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1)
+    a, b, c = R[..., 2, 1], R[..., 0, 2], R[..., 1, 0]
+    d, e, f = R[..., 1, 2], R[..., 2, 0], R[..., 0, 1]
+    x, y, z = (1 + 2 * diagonal - trace[..., None]).unbind(-1)
+    rows = [
+        torch.stack([1 + trace, a - d, b - e, c - f], -1),
+        torch.stack([a - d, x, f + c, b + e], -1),
+        torch.stack([b - e, f + c, y, d + a], -1),
+        torch.stack([c - f, b + e, d + a, z], -1),
+    ]
+    table = torch.stack(rows, -2)
+    best = table.detach().diagonal(dim1=-2, dim2=-1).argmax(-1)
+    row = table.gather(-2, best[..., None, None].expand(*best.shape, 1, 4))[..., 0, :]
+    row = _unit(row)
+    return torch.where(row[..., :1] < 0, -row, row)
+
+
+def _unit(v: Tensor) -> Tensor:
+    unit: Tensor = v / v.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+    return unit
+
+
+def se3_invariants(H: Tensor, *, tol: float = 1e-12) -> tuple[Tensor, Tensor]:
+    r"""Rotation angle and screw translation of rigid motions (Eqs. 3 and 8), the same in every frame.
+
+    Parameters
+    ----------
+    H
+        Floating, ``(..., 4, 4)``: ``[[R, t], [0, 1]]``.
+    tol
+        Angles (radians) below this have no axis. Default 1e-12.
+
+    Returns
+    -------
+    theta : Tensor
+        float64 ``(...)``: radians, in [0, pi].
+    delta : Tensor
+        float64 ``(...)``: the translation along the axis, ``r^T t`` with the axis ``r`` by the
+        right-hand rule for ``theta``, in the unit of ``t``. NaN where ``theta < tol``, since a
+        translation alone has no axis. Of a half-turn only ``|delta|`` is defined; the sign is then that
+        of the axis whose first component that is not 0 is positive.
+
+    Raises
+    ------
+    TypeError
+        Not a floating-point tensor, ``tol`` not a number.
+    ValueError
+        A wrong shape, values that are not finite, ``R`` not a rotation to 1e-6, a last row other than
+        (0, 0, 0, 1), ``tol`` negative.
+
+    Notes
+    -----
+    The angle is ``2 atan2(|u|, s)`` of the quaternion ``(s, u)``, exact to rounding for small angles and
+    half-turns alike, where an arc cosine of the trace loses half of the digits. Differentiable where
+    ``tol <= theta < pi``; the gradient is 0 where ``theta < tol``. Time and memory ``O(1)`` a motion.
+
+    Examples
+    --------
+    >>> H = torch.eye(4)
+    >>> H[:3, :3] = quat_to_rot(torch.tensor([0.8, 0.0, 0.0, 0.6]))
+    >>> H[:3, 3] = torch.tensor([1.0, 2.0, 3.0])
+    >>> theta, delta = se3_invariants(H)
+    >>> f"{theta:.4f} {delta:.4f}"  # the axis is z
+    '1.2870 3.0000'
+    """
+    H = _real(H, "H", (4, 4))
+    check_at_least(tol, "tol", 0)
+    R, t = H[..., :3, :3], H[..., :3, 3]
+    last = H.new_tensor([0.0, 0.0, 0.0, 1.0])
+    if H.numel():
+        off = float((R @ R.mT - _eye(3, R)).abs().amax().detach())
+        if off > 1e-6 or float(torch.linalg.det(R.detach()).min()) < 0:
+            raise ValueError(
+                f"H: expected rotations to 1e-6, got a difference of {off:.3g}, or a mirror"
+            )
+        if float((H[..., 3, :] - last).abs().amax().detach()) > 1e-6:
+            raise ValueError("H: expected (0, 0, 0, 1) as the last row")
+    q = _quaternion(R)
+    s, u = q[..., 0], q[..., 1:]
+    # Where there is no axis a made-up one keeps the square root's gradient finite.
+    none = (u.detach().norm(dim=-1) < math.sin(min(tol, 1.0) / 2)) | (u.detach() == 0).all(-1)
+    safe = torch.where(none[..., None], torch.ones_like(u), u)
+    length = safe.norm(dim=-1)
+    theta = torch.where(none, 0.0, 2 * torch.atan2(length, s))
+    half = (s == 0) & (_first_nonzero(u) < 0)
+    axis = torch.where(half[..., None], -safe, safe) / length[..., None]
+    delta = torch.where(none, math.nan, (axis * t).sum(-1))
+    return theta, delta
+
+
+def _first_nonzero(u: Tensor) -> Tensor:
+    index = (u != 0).to(torch.uint8).argmax(-1, keepdim=True)
+    return u.gather(-1, index)[..., 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The three matrices whose determinants vanish
+# --------------------------------------------------------------------------------------------------
+
+
+def _pairs(q1: Any, q2: Any, n: int | None) -> tuple[Tensor, Tensor]:
+    """Check two tensors of ``n`` vectors each (any number for ``None``) and return them in float64."""
+    first, second = _real(q1, "q1", (n, 3)), _real(q2, "q2", (n, 3))
+    check_shape(q2, "q2", q1.shape)
+    check_same_device([("q1", q1), ("q2", q2)])
+    return first, second
+
+
+def _check_leading(matrices: Tensor, name: str, q1: Tensor) -> None:
+    try:
+        torch.broadcast_shapes(matrices.shape[:-2], q1.shape[:-2])  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected leading dimensions that fit those of q1 {tuple(q1.shape[:-2])}, "
+            f"got {tuple(matrices.shape[:-2])}"
+        ) from None
+
+
+def _triple(R: Any, q1: Any, q2: Any, n: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    first, second = _pairs(q1, q2, n)
+    R = _real(R, "R", (3, 3))
+    check_same_device([("q1", q1), ("R", R)])
+    _check_leading(R, "R", first)
+    return R, first, second
+
+
+def sir3_matrix(R: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
+    """Normals ``(R q1) x q2`` of the epipolar planes, one a row: ``G t = 0`` (Eq. 12).
+
+    Parameters
+    ----------
+    R
+        Floating, ``(..., 3, 3)``: a rotation, or a multiple of one.
+    q1, q2
+        Floating, ``(..., n, 3)``: bearings.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., n, 3)``.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors.
+    ValueError
+        Shapes that do not fit, values that are not finite.
+
+    Notes
+    -----
+    Time and memory ``O(n)``.
+
+    Examples
+    --------
+    >>> q1, q2 = torch.eye(3), torch.eye(3).roll(1, 0)
+    >>> sir3_matrix(torch.eye(3), q1, q2).shape
+    torch.Size([3, 3])
+    """
+    R, q1, q2 = _triple(R, q1, q2, None)
+    return _normals(R, q1, q2)
+
+
+def _normals(R: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
+    a = q1 @ R.mT
+    normals: Tensor = torch.linalg.cross(a, q2.expand_as(a))
+    return normals
+
+
+def sir6_matrix(R: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
+    """Evaluate the matrix of Eq. 14, which multiplies the six depths of three points.
+
+    The columns belong to the depths of point 1 in both views, of point 2, of point 3.
+
+    Parameters
+    ----------
+    R, q1, q2
+        As in :func:`sir3_matrix`, with three points.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., 6, 6)``. Its determinant is minus that of :func:`sir3_matrix` (Theorem 2).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`sir3_matrix`.
+
+    Notes
+    -----
+    Time and memory ``O(1)``.
+
+    Examples
+    --------
+    >>> q1, q2 = torch.eye(3), torch.eye(3).roll(1, 0)
+    >>> torch.linalg.det(sir6_matrix(torch.eye(3), q1, q2))
+    tensor(1., dtype=torch.float64)
+    """
+    R, q1, q2 = _triple(R, q1, q2, 3)
+    a = q1 @ R.mT
+    b = q2.expand_as(a)
+    o = torch.zeros_like(a[..., 0, :])
+    upper = [a[..., 0, :], -b[..., 0, :], -a[..., 1, :], b[..., 1, :], o, o]
+    lower = [a[..., 0, :], -b[..., 0, :], o, o, -a[..., 2, :], b[..., 2, :]]
+    return torch.cat([torch.stack(upper, -1), torch.stack(lower, -1)], -2)
+
+
+def sir2_matrix(R: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
+    """Evaluate the matrix of Eq. 16, which multiplies the two depths of point 1 put at the origin.
+
+    Parameters
+    ----------
+    R, q1, q2
+        As in :func:`sir3_matrix`, with three points.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., 2, 2)``. For ``R = N`` times a rotation, minus ``N`` times its determinant is
+        that of :func:`sir3_matrix` (Theorem 3).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`sir3_matrix`.
+
+    Notes
+    -----
+    Time and memory ``O(1)``.
+
+    Examples
+    --------
+    >>> q1, q2 = torch.eye(3), torch.eye(3).roll(1, 0)
+    >>> torch.linalg.det(sir2_matrix(torch.eye(3), q1, q2))
+    tensor(1., dtype=torch.float64)
+    """
+    R, q1, q2 = _triple(R, q1, q2, 3)
+    i1, j1, i2, j2 = q1[..., :1, :], q1[..., 1:, :], q2[..., :1, :], q2[..., 1:, :]
+    left = (j2 * (torch.linalg.cross(i1.expand_as(j1), j1) @ R.mT)).sum(-1)
+    right = (torch.linalg.cross(i2.expand_as(j2), j2) * (j1 @ R.mT)).sum(-1)
+    return torch.stack([left, right], -1)
+
+
+def essential_nullspace(q1: Tensor, q2: Tensor, *, trace_row: bool = False) -> Tensor:
+    """Orthonormal basis of the matrices ``E`` with ``q2 @ E @ q1 = 0`` for all pairs.
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., n, 3)``: bearings, at most 8 rows in all.
+    trace_row
+        Whether to demand ``tr E = 0`` besides (Eq. 21, planar motion). Default ``False``.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., 9 - rows, 3, 3)``. Where rows depend on each other the null space is larger than
+        what is returned.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors, ``trace_row`` not a bool.
+    ValueError
+        Shapes that do not fit, more than 8 rows, values that are not finite.
+
+    Notes
+    -----
+    A complete QR decomposition, time and memory ``O(1)``. Not differentiable; the solvers' results are.
+
+    Examples
+    --------
+    >>> essential_nullspace(torch.randn(7, 5, 3), torch.randn(7, 5, 3)).shape
+    torch.Size([7, 4, 3, 3])
+    """
+    q1, q2 = _pairs(q1, q2, None)
+    if not isinstance(trace_row, bool):
+        raise TypeError(f"trace_row: expected a bool, got {trace_row!r}")
+    if q1.shape[-2] + trace_row > 8:
+        raise ValueError(f"q1: expected at most {8 - trace_row} points, got {q1.shape[-2]}")
+    return _nullspace(q1.detach(), q2.detach(), trace_row)
+
+
+def _nullspace(q1: Tensor, q2: Tensor, trace_row: bool) -> Tensor:
+    rows = (q2[..., :, None] * q1[..., None, :]).flatten(-2)
+    if trace_row:
+        identity = _eye(3, rows).flatten().expand(*rows.shape[:-2], 1, 9)
+        rows = torch.cat([rows, identity], -2)
+    basis = _complement(rows).mT
+    return basis.reshape(*basis.shape[:-1], 3, 3)
+
+
+def _complement(rows: Tensor) -> Tensor:
+    """Orthonormal columns that are orthogonal to all rows."""
+    basis, _ = torch.linalg.qr(rows.mT, mode="complete")
+    complement: Tensor = basis[..., rows.shape[-2] :]
+    return complement
+
+
+# --------------------------------------------------------------------------------------------------
+# Essential matrices
+# --------------------------------------------------------------------------------------------------
+
+
+def decompose_essential(E: Tensor) -> tuple[Tensor, Tensor]:
+    """Both rotations of essential matrices, and the translation up to its sign.
+
+    Parameters
+    ----------
+    E
+        Floating, ``(..., 3, 3)``: of any scale but 0. For matrices that are not quite essential (from
+        eight points, say) replace their singular values by (1, 1, 0) first; here they are taken for
+        essential.
+
+    Returns
+    -------
+    R : Tensor
+        float64 ``(..., 2, 3, 3)``: the twisted pair. One is the other times a half-turn about ``t``.
+    t : Tensor
+        float64 ``(..., 3)``: of length 1. With each rotation both ``t`` and ``-t`` give ``E`` up to its
+        scale and sign.
+
+    Raises
+    ------
+    TypeError
+        Not a floating-point tensor.
+    ValueError
+        A wrong shape, values that are not finite, a matrix of zeros.
+
+    Notes
+    -----
+    ``t t^T = tr(E E^T) I / 2 - E E^T`` and ``R = cof(E) -+ hat(t) E`` for ``E`` scaled to a norm of
+    ``sqrt(2)`` (Horn, 1990). No singular value decomposition, whose gradient would be infinite at the
+    equal singular values of an essential matrix. Time and memory ``O(1)``.
+
+    Examples
+    --------
+    >>> R = quat_to_rot(torch.tensor([0.8, 0.0, 0.6, 0.0], dtype=torch.float64))
+    >>> t = torch.tensor([0.0, 0.6, 0.8], dtype=torch.float64)
+    >>> rotations, direction = decompose_essential(3 * hat(t) @ R)
+    >>> bool((rotations - R).abs().amax((-1, -2)).min() < 1e-14)
+    True
+    >>> direction.abs()
+    tensor([0.0000, 0.6000, 0.8000], dtype=torch.float64)
+    """
+    E = _real(E, "E", (3, 3))
+    if E.numel() and float(E.detach().abs().amax((-1, -2)).min()) == 0:
+        raise ValueError("E: expected matrices other than 0, got zeros")
+    first, second, t = _decompose(E)
+    return torch.stack([_rotation(_quaternion(R)) for R in (first, second)], -3), t
+
+
+def _decompose(E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    E = E * (math.sqrt(2) / E.flatten(-2).norm(dim=-1).clamp(min=_TINY))[..., None, None]
+    square = E @ E.mT
+    half_trace = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / 2
+    outer = half_trace * _eye(3, E) - square
+    best = outer.detach().diagonal(dim1=-2, dim2=-1).argmax(-1)
+    t = _unit(outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 3))[..., 0, :])
+    a, b, c = E.unbind(-2)
+    cross = torch.linalg.cross
+    cofactor = torch.stack([cross(b, c), cross(c, a), cross(a, b)], -2)
+    turned = _hat(t) @ E
+    return cofactor - turned, cofactor + turned, t
+
+
+def sampson_distance(
+    E: Tensor, q1: Tensor, q2: Tensor, *, squared: bool = False, spherical: bool = False
+) -> Tensor:
+    r"""First-order distance of pairs from the epipolar constraint ``q2 @ E @ q1 = 0``.
+
+    Parameters
+    ----------
+    E
+        Floating, ``(..., 3, 3)``, of any scale. The distance of pairs to a matrix of zeros is 0.
+    q1, q2
+        Floating, ``(..., n, 3)``, with leading dimensions that broadcast with those of ``E``.
+    squared
+        Whether to return the square, which is differentiable at 0 too. Default ``False``.
+    spherical
+        ``False`` (default): distance in the image planes at depth 1; times the focal length it is in
+        pixels. Points must have a positive third coordinate. ``True``: on the unit spheres, in
+        radians, for bearings in any direction.
+
+    Returns
+    -------
+    Tensor
+        float64 ``(..., n)``, at least 0.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors, ``squared`` or ``spherical`` not bools.
+    ValueError
+        Shapes that do not fit, values that are not finite, in planes a point that is not in front of
+        its camera, on spheres a bearing of length 0.
+
+    Notes
+    -----
+    ``|q2 E q1|`` over the length of its gradient in both points (their two coordinates in the plane, or
+    the two directions tangent to the sphere). Time and memory ``O(n)``.
+
+    Examples
+    --------
+    >>> E = hat(torch.tensor([1.0, 0.0, 0.0]))  # sideways: a pair must have equal y
+    >>> q1, q2 = torch.tensor([[0.2, 0.1, 1.0]]), torch.tensor([[0.3, 0.2, 1.0]])
+    >>> sampson_distance(E, q1, q2)  # each point moves by half of the difference
+    tensor([0.0707], dtype=torch.float64)
+    """
+    E = _real(E, "E", (3, 3))
+    q1, q2 = _pairs(q1, q2, None)
+    check_same_device([("q1", q1), ("E", E)])
+    for flag, name in ((squared, "squared"), (spherical, "spherical")):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+    _check_leading(E, "E", q1)
+    first, second = _on_surface(q1, "q1", spherical), _on_surface(q2, "q2", spherical)
+    square = _sampson_squared(E, first, second, spherical)
+    if squared:
+        return square
+    # The root has no slope at 0: there its gradient is taken to be 0.
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _on_surface(q: Tensor, name: str, spherical: bool) -> Tensor:
+    if spherical:
+        _check_lengths(q, name)
+        return _unit(q)
+    if q.numel() and float(q.detach()[..., 2].min()) <= 0:
+        raise ValueError(
+            f"{name}: expected points in front of the camera (third coordinate > 0), "
+            f"got {float(q.detach()[..., 2].min()):.3g}; for any bearings use spherical=True"
+        )
+    return q / q[..., 2:]
+
+
+def _check_lengths(q: Tensor, name: str) -> None:
+    if q.numel() and float(q.detach().norm(dim=-1).min()) < 1e-150:
+        raise ValueError(f"{name}: expected bearings of a length above 0, got one of length 0")
+
+
+def _sampson_squared(E: Tensor, q1: Tensor, q2: Tensor, spherical: bool) -> Tensor:
+    line2, line1 = q1 @ E.mT, q2 @ E
+    value = (q2 * line2).sum(-1)
+    if spherical:
+        slope = (line1 * line1).sum(-1) + (line2 * line2).sum(-1) - 2 * value * value
+    else:
+        slope = (line1[..., :2] ** 2).sum(-1) + (line2[..., :2] ** 2).sum(-1)
+    return value * value / slope.clamp(min=_TINY)
+
+
+# --------------------------------------------------------------------------------------------------
+# Homogeneous polynomials in four variables, as rows of coefficients
+# --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _monomials(degree: int) -> tuple[tuple[int, ...], ...]:
+    """Exponents of the monomials of a degree, in the order of the coefficients."""
+    chosen = combinations_with_replacement(range(4), degree)
+    return tuple(tuple(c.count(i) for i in range(4)) for c in chosen)
+
+
+@cache
+def _product_table(left: int, right: int) -> Tensor:
+    """Which product of a monomial of one degree and one of another is which monomial (0 or 1)."""
+    where = {m: i for i, m in enumerate(_monomials(left + right))}
+    a, b = _monomials(left), _monomials(right)
+    table = torch.zeros(len(a), len(b), len(where), dtype=torch.float64)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i, j, where[tuple(map(sum, zip(x, y, strict=True)))]] = 1
+    return table.flatten(0, 1)
+
+
+def _times(p: Tensor, p_degree: int, q: Tensor, q_degree: int) -> Tensor:
+    """Product of polynomials; leading dimensions broadcast."""
+    table = _product_table(p_degree, q_degree).to(p.device)
+    return (p[..., :, None] * q[..., None, :]).flatten(-2) @ table
+
+
+@cache
+def _reduced(degree: int) -> list[int]:
+    """Monomials that are at most linear in the second variable."""
+    return [i for i, m in enumerate(_monomials(degree)) if m[1] < 2]
+
+
+@cache
+def _reduction(degree: int) -> Tensor:
+    """Coefficients after the square of the second variable is replaced: w1^2 = w0^2 - w2^2 - w3^2."""
+    monomials = _monomials(degree)
+    column = {monomials[i]: k for k, i in enumerate(_reduced(degree))}
+    table = torch.zeros(len(monomials), len(column), dtype=torch.float64)
+    for i, monomial in enumerate(monomials):
+        terms = {monomial: 1.0}
+        while any(m[1] > 1 for m in terms):
+            replaced: dict[tuple[int, ...], float] = {}
+            for m, c in terms.items():
+                parts = ((0, 1.0), (2, -1.0), (3, -1.0)) if m[1] > 1 else ()
+                if not parts:
+                    replaced[m] = replaced.get(m, 0.0) + c
+                for variable, sign in parts:
+                    new = list(m)
+                    new[1] -= 2
+                    new[variable] += 2
+                    replaced[tuple(new)] = replaced.get(tuple(new), 0.0) + sign * c
+            terms = replaced
+        for m, c in terms.items():
+            table[i, column[m]] += c
+    return table
+
+
+# A root is found by comparing two linear forms: the eigenvalues are their ratios, and the first must not
+# be near 0 at any root. For a root of NullE nothing singles out a form, so these are arbitrary; real
+# quaternions (1, w) with |w| = 1 have |form| >= 0.7 below.
+_FORMS = {False: ((0.62, -0.41, 0.53, 0.4), (-0.37, 0.55, 0.71, -0.24)),
+          True: ((1.0, 0.21, -0.13, 0.17), (0.3, 0.6, 0.8, -0.45))}  # fmt: skip
+
+
+@cache
+def _tables(degree: int, sphere: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that pick, from values of all monomials of a degree at a point, what the solver needs.
+
+    The first two give the values of (first form) x m and (second form) x m for all monomials m of one
+    degree less; the third (first form)^(degree - 1) x each variable.
+    """
+    picked = []
+    for form in _FORMS[sphere]:
+        linear = torch.tensor(form, dtype=torch.float64)
+        lower = torch.eye(len(_monomials(degree - 1)), dtype=torch.float64)
+        picked.append(_times(lower, degree - 1, linear, 1))
+    first = torch.tensor(_FORMS[sphere][0], dtype=torch.float64)
+    power = torch.ones(1, dtype=torch.float64)
+    for d in range(degree - 1):
+        power = _times(power, d, first, 1)
+    picked.append(_times(power, degree - 1, torch.eye(4, dtype=torch.float64), 1))
+    if sphere:
+        keep = _reduced(degree - 1)
+        picked = [
+            table @ _reduction(degree) for table in (*(p[keep] for p in picked[:2]), picked[2])
+        ]
+    return picked[0], picked[1], picked[2]
+
+
+def _roots(rows: Tensor, degree: int, sphere: bool) -> Tensor:
+    """All common roots of homogeneous polynomials, by eigenvectors.
+
+    ``rows`` (B, r, m) are coefficients on m monomials, with m - r roots. The values of the monomials at a
+    root are orthogonal to all rows, so they span the orthogonal complement. Multiplying by a linear form
+    acts on it, and its eigenvectors are the roots.
+
+    Returns (B, m - r, 4), complex, scaled so that the first form is 1. Not finite where it fails.
+    """
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+    rows = torch.nan_to_num(rows, 0.0, 0.0, 0.0)
+    space = _complement(rows)
+    first, second, variables = (table.to(rows.device) for table in _tables(degree, sphere))
+    below, above = first @ space, second @ space
+    if below.shape[-2] > below.shape[-1]:  # more monomials than roots: least squares
+        basis, below = torch.linalg.qr(below)
+        above = basis.mT @ above
+    action, _ = torch.linalg.solve_ex(below, above)
+    vectors = _eigenvectors(action)
+    z = ((variables @ space).to(vectors.dtype) @ vectors).mT
+    form = torch.tensor(_FORMS[sphere][0], dtype=z.dtype, device=z.device)
+    return z / (z @ form)[..., None]
+
+
+def _eigenvectors(matrices: Tensor) -> Tensor:
+    """Eigenvectors; those of the identity where a matrix is not finite or the iteration fails.
+
+    On the CPU even for CUDA tensors: there it is faster for small matrices.
+    """
+    found = matrices.cpu()
+    identity = _eye(matrices.shape[-1], found)
+    found = torch.where(torch.isfinite(found).all(-1).all(-1)[..., None, None], found, identity)
+    vectors: Tensor
+    try:
+        vectors = torch.linalg.eig(found)[1]
+    except RuntimeError:  # one of them did not converge: find out which
+        if len(found) == 1:
+            return identity.to(matrices.device, torch.complex128)[None]
+        vectors = torch.cat([_eigenvectors(m[None]) for m in found])
+    return vectors.to(matrices.device)
+
+
+def _starts(z: Tensor) -> Tensor:
+    """Real starting points from complex roots; zeros for those that are far from real.
+
+    A real root is itself. Rounding may turn two real roots that lie close to each other into a complex
+    pair; the sums of real and imaginary part are then one on either side.
+    """
+    real = z.imag.abs().amax(-1) < _REAL * z.abs().amax(-1)
+    return torch.where(real[..., None], torch.nan_to_num(z.real + z.imag, 0.0, 0.0, 0.0), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The two polynomial systems
+# --------------------------------------------------------------------------------------------------
+
+
+def _essential_cubics(basis: Tensor) -> Tensor:
+    """Coefficients (B, 10, 20) of Eqs. 18 and 19 for E = sum of z_k times basis_k, (B, 4, 3, 3)."""
+    E = basis.movedim(-3, -1)  # entry (i, j) is a linear form
+    outer = (E[:, :, None, :, :, None] * E[:, None, :, :, None, :]).sum(-3).flatten(-2)
+    square = outer @ _product_table(1, 1).to(E.device)  # E E^T
+    trace = square.diagonal(dim1=1, dim2=2).sum(-1)
+    factor = 2 * square - trace[:, None, None] * _eye(3, E)[..., None]
+    outer = (factor[:, :, :, None, :, None] * E[:, None, :, :, None, :]).sum(2).flatten(-2)
+    nine = outer @ _product_table(2, 1).to(E.device)
+    a, b, c = E.unbind(1)
+    one = _times(a, 1, b.roll(-1, 1), 1) - _times(a.roll(-1, 1), 1, b, 1)  # a x b, rolled by one
+    determinant = _times(one.roll(-1, 1), 2, c, 1).sum(1, keepdim=True)
+    return torch.cat([nine.flatten(1, 2), determinant], 1)
+
+
+def _start_from_essential(q1: Tensor, q2: Tensor, planar: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Quaternions, translations and which of them count, (B, S, ...), from NullE."""
+    basis = _nullspace(q1, q2, planar)
+    z = _starts(_roots(_essential_cubics(basis), 3, sphere=False))
+    return _poses_of((z[..., None, None] * basis[:, None]).sum(-3), planar, 1e-3)
+
+
+def _poses_of(E: Tensor, planar: bool, slack: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One pose for each essential matrix; two where both of a planar one are planar up to ``slack``."""
+    first, second, t = _decompose(E)
+    a, b = _quaternion(first), _quaternion(second)
+    keep = E.flatten(-2).norm(dim=-1) > 0
+    if not planar:
+        return a, t, keep
+    # One rotation of the pair has its axis normal to t. The other is a half-turn, and does so as well
+    # only if the first is a half-turn too.
+    slope_a, slope_b = ((q[..., 1:] * t).sum(-1).abs() for q in (a, b))
+    swap = (slope_b < slope_a)[..., None]
+    a, b = torch.where(swap, b, a), torch.where(swap, a, b)
+    also = keep & (torch.maximum(slope_a, slope_b) < slack)
+    return torch.cat([a, b], 1), torch.cat([t, t], 1), torch.cat([keep, also], 1)
+
+
+@cache
+def _rotation_forms() -> Tensor:
+    """(3, 3, 3, 10): entries of Eq. 1 as forms in (w0, w), u = s w: parts of c^2, c s and s^2."""
+    forms = torch.zeros(3, 3, 3, 10, dtype=torch.float64)
+    where = {m: i for i, m in enumerate(_monomials(2))}
+
+    def square(i: int, j: int) -> int:
+        return where[tuple((k == i) + (k == j) for k in range(4))]
+
+    for i in range(3):
+        forms[0, i, i, square(0, 0)] = 1
+        for j in range(3):
+            forms[2, i, j, square(i + 1, j + 1)] += 2
+            forms[2, i, i, square(j + 1, j + 1)] -= 1
+        j, k = (i + 1) % 3, (i + 2) % 3
+        forms[1, k, j, square(0, i + 1)] = 2
+        forms[1, j, k, square(0, i + 1)] = -2
+    return forms
+
+
+def _start_from_angle(
+    q1: Tensor, q2: Tensor, theta: Tensor, planar: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quaternions, translations and which of them count, (B, S, ...), from SIR2 with a known angle."""
+    n = q1.shape[1]
+    inside = theta.clamp(max=_HALF_TURN)
+    c, s = torch.cos(inside / 2), torch.sin(inside / 2)
+    parts = torch.stack([c * c, c * s, s * s], -1)
+    R = torch.einsum("bp,pijm->bijm", parts, _rotation_forms().to(q1.device))
+    pairs = list(combinations(range(n), 2))
+    first, second = (list(index) for index in zip(*pairs, strict=True))
+    cross = torch.linalg.cross
+    # The row F_ij of Eq. 16 for each pair i < j: two quadratic forms.
+    left = torch.einsum("bpi,bijm,bpj->bpm", q2[:, second], R, cross(q1[:, first], q1[:, second]))
+    right = torch.einsum("bpi,bijm,bpj->bpm", cross(q2[:, first], q2[:, second]), R, q1[:, second])
+    row = {pair: k for k, pair in enumerate(pairs)}
+    triples = list(combinations(range(n), 3))
+    ij, ik = [row[i, j] for i, j, _ in triples], [row[i, k] for i, _, k in triples]
+    rows = _times(left[:, ij], 2, right[:, ik], 2) - _times(right[:, ij], 2, left[:, ik], 2)
+    unknowns = torch.eye(4, dtype=rows.dtype, device=rows.device)
+    degree = 5
+    if planar:
+        # The row (u.q1_i, -u.q2_i) below F_ij. The length of u, a common factor, is left out.
+        a, b = q1[:, first] @ unknowns[1:], q2[:, first] @ unknowns[1:]
+        cubics = _times(left, 2, b, 1) + _times(right, 2, a, 1)
+        shifted = _times(_unit(cubics)[:, :, None], 3, unknowns, 1).flatten(1, 2)
+        rows, degree = torch.cat([_unit(rows), shifted], 1), 4
+    else:
+        rows = _times(rows[:, :, None], 4, unknowns, 1).flatten(1, 2)
+    z = _roots(rows @ _reduction(degree).to(rows.device), degree, sphere=True)
+    w = _starts(z[..., 1:] / z[..., :1])
+    keep = w.norm(dim=-1) > 0
+    w = _unit(w)
+    half = theta[:, None, None] / 2
+    q = torch.cat([torch.cos(half).expand_as(w[..., :1]), torch.sin(half) * w], -1)
+    t = _translation_for(q, q1, q2, planar)
+    extra = _start_near_identity(q1, q2, theta, planar)
+    q, t = torch.cat([q, extra[0]], 1), torch.cat([t, extra[1]], 1)
+    return q, t, torch.cat([keep, (theta < 0.3)[:, None].expand(-1, 2)], 1)
+
+
+def _translation_for(q: Tensor, q1: Tensor, q2: Tensor, planar: bool) -> Tensor:
+    """Best translations for given rotations: the smallest direction of G (and of the axis)."""
+    G = _normals(_rotation(q), q1[:, None], q2[:, None])
+    if planar:
+        G = torch.cat([G, _unit(q[..., None, 1:])], -2)
+    smallest: Tensor = torch.linalg.eigh(G.mT @ G)[1][..., 0]
+    return smallest
+
+
+def _start_near_identity(
+    q1: Tensor, q2: Tensor, theta: Tensor, planar: bool
+) -> tuple[Tensor, Tensor]:
+    """Two starts for small angles, where the polynomials of SIR2 nearly lose their dependence on u.
+
+    To first order in the rotation vector the four constraints are linear. Their solutions form a line,
+    which meets the sphere of rotation vectors of length theta twice.
+    """
+    identity = theta.new_tensor([1.0, 0.0, 0.0, 0.0]).expand(len(theta), 4)
+    t = _translation_for(identity[:, None], q1, q2, False)[:, 0]
+    value, slope, tangent = _newton_system(identity, t, q1, q2, None, planar)
+    basis, triangle = torch.linalg.qr(slope.mT, mode="complete")
+    solved, _ = torch.linalg.solve_ex(triangle[:, :4].mT, -value[..., None])
+    near, line = (basis[..., :4] @ solved)[..., 0], basis[..., 4]
+    a = line[:, :3].square().sum(-1).clamp(min=_TINY)
+    b = (line[:, :3] * near[:, :3]).sum(-1)
+    # Where the line hardly meets the sphere, the two starts stay a fifth of theta apart on either side.
+    reach = b * b - a * (near[:, :3].square().sum(-1) - theta**2)
+    reach = torch.maximum(reach, a * (theta / 5) ** 2).sqrt()
+    quaternions, translations = [], []
+    for sign in (-1, 1):
+        step = torch.nan_to_num(near + ((sign * reach - b) / a)[:, None] * line, 0.0, 0.0, 0.0)
+        half = theta[:, None] / 2
+        quaternions.append(torch.cat([torch.cos(half), torch.sin(half) * _unit(step[:, :3])], -1))
+        translations.append(_unit(t + (tangent @ step[:, 3:, None])[..., 0]))
+    return torch.stack(quaternions, 1), torch.stack(translations, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Newton's method on rotation and translation
+# --------------------------------------------------------------------------------------------------
+
+
+def _newton_system(
+    q: Tensor, t: Tensor, q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Constraints, their slopes, and the two directions in which a unit vector t can move.
+
+    The constraints are Eq. 7 for each point, the angle, and u^T t (over the length that u shall have, if
+    that is known); the unknowns a rotation vector, applied from the left, and two steps of t.
+    """
+    s, u = q[..., :1], q[..., 1:]
+    cross = torch.linalg.cross
+    a = q1 @ _rotation(q).mT
+    g = cross(a, q2)
+    axis = F.one_hot(t.abs().argmin(-1), 3).to(t)
+    side = _unit(cross(t, axis))
+    tangent = torch.stack([side, cross(t, side)], -1)
+    values = [(g @ t[..., None])[..., 0]]
+    turning = [(a @ t[..., None]) * q2 - (a * q2).sum(-1, keepdim=True) * t[..., None, :]]
+    shifting = [g @ tangent]
+    length = u.norm(dim=-1, keepdim=True)
+    if theta is not None:
+        values.append(2 * torch.atan2(length, s) - theta[..., None])
+        turning.append((u / length.clamp(min=_TINY))[..., None, :])
+        shifting.append(torch.zeros_like(shifting[0][..., :1, :]))
+    if planar:
+        unit = 1.0 if theta is None else 1 / torch.sin(theta / 2)[..., None]
+        values.append((u * t).sum(-1, keepdim=True) * unit)
+        turning.append(((s * t + cross(u, t)) * (unit / 2))[..., None, :])
+        shifting.append((u * unit)[..., None, :] @ tangent)
+    slope = torch.cat([torch.cat(turning, -2), torch.cat(shifting, -2)], -1)
+    return torch.cat(values, -1), slope, tangent
+
+
+def _newton(
+    q: Tensor,
+    t: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    theta: Tensor | None,
+    planar: bool,
+    steps: int = 20,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton's method from each of M starts; the best point met, and its largest constraint.
+
+    A start leaves the loop when its step has become as small as rounding.
+    """
+    best_q, best_t = q.clone(), t.clone()
+    best = torch.full_like(q[:, 0], math.inf)
+    active = torch.arange(len(q), device=q.device)
+    for _ in range(steps + 1):
+        own = None if theta is None else theta[active]
+        value, slope, tangent = _newton_system(q, t, q1[active], q2[active], own, planar)
+        error = value.abs().amax(-1)
+        better = error <= best[active]
+        ahead = active[better]
+        best_q[ahead], best_t[ahead], best[ahead] = q[better], t[better], error[better]
+        step, _ = torch.linalg.solve_ex(slope, -value)
+        step = torch.nan_to_num(step, 0.0, 0.0, 0.0)
+        length = step.norm(dim=-1)
+        moving = length > 1e-14
+        if not bool(moving.any()):
+            break
+        active, q, t = active[moving], q[moving], t[moving]
+        step = (
+            step[moving] * (0.5 / length[moving]).clamp(max=1.0)[:, None]
+        )  # at most half a radian
+        half = step[:, :3] / 2
+        s, u = q[:, :1], q[:, 1:]
+        turned = [s - (half * u).sum(-1, keepdim=True), u + s * half + torch.linalg.cross(half, u)]
+        q = _unit(torch.cat(turned, -1))
+        t = _unit(t + (tangent[moving] @ step[:, 3:, None])[..., 0])
+    return best_q, best_t, best
+
+
+# --------------------------------------------------------------------------------------------------
+# From roots to candidates
+# --------------------------------------------------------------------------------------------------
+
+
+def _front(a: Tensor, q2: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of the depths that the rays a = R q1 and q2 get by t, (..., n) in each view."""
+    d1, d2 = (a * t[..., None, :]).sum(-1), (q2 * t[..., None, :]).sum(-1)
+    cosine = (a * q2).sum(-1)
+    size_a, size_b = (a * a).sum(-1), (q2 * q2).sum(-1)
+    return torch.sign(d2 * cosine - d1 * size_b), torch.sign(d2 * size_a - d1 * cosine)
+
+
+def _face_forward(
+    R: Tensor, t: Tensor, q1: Tensor, q2: Tensor, twins: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the sign of t, and where ``twins`` the rotation, by how many points lie in front.
+
+    ``R`` (..., 3, 3), points (..., n, 3), ``weight`` (..., n). Returns R, t, and whether all points do.
+    """
+    a = q1 @ R.mT
+    along = (a @ t[..., None]) * t[..., None, :]
+    best: list[Tensor] = []
+    for turned in (False, True):
+        rays = 2 * along - a if turned else a
+        near, far = _front(rays, q2, t)
+        both = (near + far) if weight is None else (near + far) * weight
+        score = both.sum(-1)
+        size = score.abs()
+        if turned:
+            size = torch.where(twins, size, -math.inf)
+        all_there = ((near == far) & (near == torch.sign(score)[..., None]) & (near != 0)).all(-1)
+        sign = torch.where(score < 0, -1.0, 1.0)
+        if not best:
+            best = [size, sign, all_there, torch.zeros_like(all_there)]
+        else:
+            more = size > best[0]
+            new = [size, sign, all_there, torch.ones_like(all_there)]
+            best = [torch.where(more, x, y) for x, y in zip(new, best, strict=True)]
+    turn = 2 * t[..., :, None] * t[..., None, :] - _eye(3, t)
+    R = torch.where(best[3][..., None, None], turn @ R, R)
+    return R, t * best[1][..., None], best[2]
+
+
+@cache
+def _keys() -> tuple[Tensor, Tensor]:
+    """Arbitrary forms, (2, 9, 9) and (9, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    quadratic = torch.randn(2, 9, 9, generator=generator, dtype=torch.float64)
+    return quadratic, torch.randn(9, 2, generator=generator, dtype=torch.float64)
+
+
+def _place(problem: Tensor, count: int) -> Tensor:
+    """Position of each row among the rows of its problem; ``problem`` is sorted."""
+    first = torch.searchsorted(problem, torch.arange(count, device=problem.device))
+    return torch.arange(len(problem), device=problem.device) - first[problem]
+
+
+def _candidates(
+    q: Tensor,
+    t: Tensor,
+    error: Tensor,
+    problem: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    twins: bool,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotations, translations, valid and in front, (B, count, ...): each root once, valid ones first.
+
+    ``q``, ``t``, ``error`` and ``problem`` (which of the B problems) have one row for each root found.
+    """
+    order = error.argsort(stable=True)
+    order = order[problem[order].argsort(stable=True)]  # by problem, the best first
+    order = order[error[order] < _ZERO]
+    R, t, problem = _rotation(q[order]), t[order], problem[order]
+    # Two fixed quadratic forms of E, whatever its sign, tell roots apart; where the twisted pair of one
+    # E counts as two roots, two linear ones of R besides. Of those at one root the best stays.
+    E = (_hat(t) @ R).flatten(-2)
+    quadratic, linear = (table.to(E.device) for table in _keys())
+    keys = torch.stack([((E @ form) * E).sum(-1) for form in quadratic], -1)
+    if not twins:
+        keys = torch.cat([keys, R.flatten(-2) @ linear], -1)
+    place = _place(problem, len(q1))
+    table = keys.new_full(
+        (len(q1), int(place.max()) + 1 if len(place) else 0, keys.shape[1]), math.nan
+    )
+    table[problem, place] = keys
+    near = ((table[:, :, None] - table[:, None]).abs() < _SAME).all(-1)
+    again = (near & torch.ones_like(near).tril(-1)).any(-1)[problem, place]
+    R, t, problem = R[~again], t[~again], problem[~again]
+    place = _place(problem, len(q1))
+    fits = place < count
+    R, t, problem, place = R[fits], t[fits], problem[fits], place[fits]
+    choice = torch.full_like(place, twins, dtype=torch.bool)
+    R, t, front = _face_forward(R, t, q1[problem], q2[problem], choice)
+    all_R = _eye(3, q1).repeat(len(q1), count, 1, 1)
+    all_t = q1.new_zeros(len(q1), count, 3)
+    valid = torch.zeros(len(q1), count, dtype=torch.bool, device=q1.device)
+    in_front = valid.clone()
+    at = (problem, place)
+    all_R[at], all_t[at], valid[at], in_front[at] = R, t, True, front
+    return all_R, all_t, valid, in_front
+
+
+def _implicit_gradient(
+    R: Tensor,
+    t: Tensor,
+    valid: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    theta: Tensor | None,
+    planar: bool,
+) -> tuple[Tensor, Tensor]:
+    """One more Newton step at the roots, of length 0, which carries the implicit function's gradient.
+
+    The root x(q) satisfies f(x, q) = 0, so dx = -(df/dx)^-1 (df/dq) dq: the slope is kept constant and f
+    alone is differentiated in the data. Eigenvectors are never differentiated.
+    """
+    size = valid.shape
+    first, second = (x[:, None].expand(*size, *x.shape[1:]) for x in (q1, q2))
+    angle = None if theta is None else theta[:, None].expand(size)
+    with torch.no_grad():
+        q = _quaternion(R)
+        _, slope, tangent = _newton_system(
+            q, torch.where(valid[..., None], t, 1.0), first, second, angle, planar
+        )
+    value = _newton_system(q, t, first, second, angle, planar)[0]
+    with torch.no_grad():
+        inverse, failed = torch.linalg.inv_ex(slope)
+        usable = valid & (failed == 0) & torch.isfinite(inverse).all(-1).all(-1)
+        inverse = torch.where(usable[..., None, None], inverse, 0.0)
+    step = -(inverse @ torch.where(usable[..., None], value, 0.0)[..., None])
+    step = step - step.detach()  # the value stays that of the root
+    R = R + _hat(step[..., :3, 0]) @ R
+    return R, t + (tangent @ step[..., 3:, :])[..., 0]
+
+
+def _pure_rotation(
+    q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples that a rotation alone explains: which, and their rotation and one possible translation."""
+    still = (q1 @ q1.mT - q2 @ q2.mT).abs().amax((-1, -2)) < _NEAR
+    R, t = torch.zeros_like(q1[:, :3, :]), torch.zeros_like(q1[:, 0])
+    index = still.nonzero()[:, 0]
+    if len(index):
+        a, b = q1[index], q2[index]
+        left, _, right = torch.linalg.svd(b.mT @ a)
+        sign = torch.linalg.det(left @ right)
+        left = torch.cat([left[..., :2], left[..., 2:] * sign[:, None, None]], -1)
+        found = left @ right
+        fits = (a @ found.mT - b).abs().amax((-1, -2)) < _NEAR
+        q = _quaternion(found)
+        if theta is not None:
+            angle = 2 * torch.atan2(q[:, 1:].norm(dim=-1), q[:, 0])
+            fits &= (angle - theta[index]).abs() < 1e-7
+        # Any direction explains them. For a planar motion it is normal to the axis.
+        other = F.one_hot(q[:, 1:].abs().argmin(-1), 3).to(q)
+        across = torch.linalg.cross(q[:, 1:], other)
+        bare = across.norm(dim=-1, keepdim=True) < _NEAR
+        R[index], t[index] = found, torch.where(bare, other, _unit(across))
+        still[index] = fits
+    return still, R, t
+
+
+# --------------------------------------------------------------------------------------------------
+# The solvers
+# --------------------------------------------------------------------------------------------------
+
+_Start = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def _bearings(q1: Any, q2: Any, n: int) -> tuple[Tensor, Tensor]:
+    first, second = _pairs(q1, q2, n)
+    _check_lengths(first, "q1")
+    _check_lengths(second, "q2")
+    return _unit(first), _unit(second)
+
+
+def _angle(theta: Any, batch: torch.Size, like: Tensor) -> Tensor:
+    if isinstance(theta, Tensor):
+        check_floating(theta, "theta")
+        check_finite(theta, "theta")
+        check_same_device([("q1", like), ("theta", theta)])
+        try:
+            value = theta.double().expand(batch)
+        except RuntimeError:
+            raise ValueError(
+                f"theta: expected a shape that broadcasts to {tuple(batch)}, got {tuple(theta.shape)}"
+            ) from None
+    else:
+        check_positive(theta, "theta")
+        value = like.new_tensor(float(theta)).expand(batch)
+    bad = (value.detach() <= 0) | (value.detach() > math.pi)
+    if bool(bad.any()):
+        raise ValueError(
+            f"theta: expected angles in (0, pi], got {float(value.detach()[bad][0]):.6g}"
+        )
+    return value
+
+
+@uncompiled
+def _solve(
+    q1: Tensor,
+    q2: Tensor,
+    theta: Tensor | None,
+    planar: bool,
+    count: int,
+    backend: Backend,
+) -> PoseCandidates:
+    """All of a solver but its checks: chunk by chunk, starts, Newton, candidates, gradients."""
+    batch, n = q1.shape[:-2], q1.shape[-2]
+    first, second = q1.reshape(-1, n, 3), q2.reshape(-1, n, 3)
+    angle = None if theta is None else theta.reshape(-1)
+    parts = []
+    for low in range(0, max(1, len(first)), _CHUNK):
+        own = slice(low, low + _CHUNK)
+        parts.append(
+            _solve_chunk(
+                first[own],
+                second[own],
+                None if angle is None else angle[own],
+                planar,
+                count,
+                backend,
+            )
+        )
+    R, t, valid, front = (torch.cat(x) for x in zip(*parts, strict=True))
+    E = _hat(t) @ R
+    return PoseCandidates(*(x.reshape((*batch, *x.shape[1:])) for x in (R, t, E, valid, front)))
+
+
+def _solve_chunk(
+    q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool, count: int, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        if backend == "reference":
+            q, t, keep = _reference(q1, q2, theta, planar, count)
+        elif theta is None:
+            q, t, keep = _start_from_essential(q1, q2, planar)
+        else:
+            q, t, keep = _start_from_angle(q1, q2, theta, planar)
+        problem, q, t = keep.nonzero()[:, 0], q[keep], t[keep]
+        error = torch.zeros_like(q[:, 0])
+        if backend == "auto":
+            own = None if theta is None else theta[problem]
+            q, t, error = _newton(q, t, q1[problem], q2[problem], own, planar)
+        twins = theta is None and not planar
+        R, t, valid, front = _candidates(q, t, error, problem, q1, q2, twins, count)
+        still, turned, any_t = _pure_rotation(q1, q2, theta, planar)
+        only = torch.arange(count, device=R.device) == 0
+        R = torch.where(
+            still[:, None, None, None],
+            torch.where(only[:, None, None], turned[:, None], _eye(3, R)),
+            R,
+        )
+        t = torch.where(still[:, None, None], torch.where(only[:, None], any_t[:, None], 0.0), t)
+        valid = torch.where(still[:, None], only, valid)
+        front = front & ~still[:, None]
+    inputs = [x for x in (q1, q2, theta) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        R, t = _implicit_gradient(R, t, valid & ~still[:, None], q1, q2, theta, planar)
+    return R, t, valid, front
+
+
+# --------------------------------------------------------------------------------------------------
+# The same by the printed equations
+# --------------------------------------------------------------------------------------------------
+
+
+class _Polynomial:
+    """A polynomial in three unknowns, term by term, for NumPy's arrays of objects."""
+
+    def __init__(self, terms: dict[tuple[int, ...], float]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Any) -> _Polynomial:
+        constant: dict[tuple[int, ...], float] = {(0, 0, 0): other}
+        more = other.terms if isinstance(other, _Polynomial) else constant
+        return _Polynomial(
+            {m: self.terms.get(m, 0.0) + more.get(m, 0.0) for m in {*self.terms, *more}}
+        )
+
+    def __mul__(self, other: Any) -> _Polynomial:
+        if not isinstance(other, _Polynomial):
+            return _Polynomial({m: c * other for m, c in self.terms.items()})
+        result: dict[tuple[int, ...], float] = {}
+        for m, c in self.terms.items():
+            for n, d in other.terms.items():
+                key = (m[0] + n[0], m[1] + n[1], m[2] + n[2])
+                result[key] = result.get(key, 0.0) + c * d
+        return _Polynomial(result)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __sub__(self, other: Any) -> _Polynomial:
+        return self.__add__(other * -1.0)
+
+    def __rsub__(self, other: Any) -> _Polynomial:
+        return self.__mul__(-1.0).__add__(other)
+
+
+_UNKNOWNS = np.array([_Polynomial({m: 1.0}) for m in ((1, 0, 0), (0, 1, 0), (0, 0, 1))], object)
+
+
+def _monomials_up_to(degree: int) -> list[_Polynomial]:
+    return [_Polynomial({m[1:]: 1.0}) for m in _monomials(degree)]
+
+
+def _template_roots(equations: list[_Polynomial], degree: int) -> np.ndarray[Any, Any]:
+    """Real roots (k, 3) of polynomials whose multiples are all given, up to a degree."""
+    column = {m[1:]: i for i, m in enumerate(_monomials(degree))}
+    rows = np.zeros((len(equations), len(column)))
+    for row, equation in zip(rows, equations, strict=True):
+        for m, c in equation.terms.items():
+            row[column[m]] = c
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    space = np.linalg.svd(rows)[2][len(rows) :].T
+    lower = [next(iter(p.terms)) for p in _monomials_up_to(degree - 1)]
+
+    def shift(m: tuple[int, ...], k: int) -> int:
+        return column[tuple(e + int(i == k) for i, e in enumerate(m))]
+
+    above = np.zeros((len(lower), space.shape[1]))
+    for k, weight in enumerate((0.2, 0.6, 0.8)):
+        above += weight * space[[shift(m, k) for m in lower]]
+    action = np.linalg.pinv(space[[column[m] for m in lower]]) @ above
+    values = space @ np.linalg.eig(action)[1]
+    one = column[0, 0, 0]
+    roots = np.stack([values[shift((0, 0, 0), k)] / values[one] for k in range(3)], 1)
+    size = 1 + np.abs(roots).max(1, keepdims=True)
+    real: np.ndarray[Any, Any] = roots[(np.abs(roots.imag) <= 1e-6 * size).all(1)].real
+    return real
+
+
+def _reference(
+    q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quaternions, translations and which count, (B, S, ...): the paper's systems, one by one."""
+    found = []
+    for b in range(len(q1)):
+        if theta is None:
+            basis = _nullspace(q1[b : b + 1], q2[b : b + 1], planar)[0]
+            E = (_UNKNOWNS[:, None, None] * basis[:3].cpu().numpy()).sum(0) + basis[3].cpu().numpy()
+            square = E @ E.T
+            nine = (2 * square @ E - E * np.trace(square)).flatten()  # Eq. 19
+            minors = [np.cross(E[0], E[1]) @ E[2]]  # Eq. 18
+            roots = basis.new_tensor(_template_roots([*nine, *minors], 3))
+            coefficients = torch.cat([roots, torch.ones_like(roots[:, :1])], 1)
+            pose = _poses_of(torch.einsum("sk,kij->sij", coefficients, basis)[None], planar, 1e-6)
+        else:
+            pose = _angle_reference(q1[b], q2[b], theta[b : b + 1], planar)
+        q, t, keep = (x[0] for x in pose)
+        found.append((q[keep][:count], t[keep][:count]))
+    q = q1.new_tensor([1.0, 0.0, 0.0, 0.0]).repeat(len(q1), count, 1)
+    t = q1.new_tensor([1.0, 0.0, 0.0]).repeat(len(q1), count, 1)
+    keep = torch.zeros(len(q1), count, dtype=torch.bool, device=q1.device)
+    for b, (own_q, own_t) in enumerate(found):
+        q[b, : len(own_q)], t[b, : len(own_q)], keep[b, : len(own_q)] = own_q, own_t, True
+    return q, t, keep
+
+
+def _angle_reference(
+    q1: Tensor, q2: Tensor, theta: Tensor, planar: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    p, q = q1.cpu().numpy(), q2.cpu().numpy()
+    sigma, u = math.cos(float(theta) / 2), _UNKNOWNS
+    x, y, z = u
+    square = x * x + y * y + z * z
+    turn = np.array([[x * 0, z * -1, y], [z, x * 0, x * -1], [y * -1, x, x * 0]], object)
+    R = 2 * (np.outer(u, u) + turn * sigma) + np.eye(3) * np.array(sigma**2 - square, object)
+
+    def row(i: int, j: int) -> tuple[Any, Any]:  # F_ij of Eq. 16
+        return q[j] @ R @ np.cross(p[i], p[j]), np.cross(q[i], q[j]) @ R @ p[j]
+
+    def det(a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+        return a[0] * b[1] - a[1] * b[0]
+
+    sphere = square + (sigma**2 - 1)
+    linear = _monomials_up_to(1)
+    quartics = [det(row(i, j), row(i, k)) for i, j, k in combinations(range(len(p)), 3)]
+    degree = 4 if planar else 5
+    equations = [m * sphere for m in _monomials_up_to(degree - 2)]
+    if planar:
+        cubics = [det(row(i, j), (u @ p[i], u @ q[i] * -1)) for i, j in ((0, 1), (0, 2), (1, 2))]
+        equations += quartics + [m * c for c in cubics for m in linear]
+    else:
+        equations += [m * c for c in quartics for m in linear]
+    w = _unit(q1.new_tensor(_template_roots(equations, degree)))[None]
+    half = (theta / 2).view(1, 1, 1)
+    both = torch.cat([torch.cos(half).expand_as(w[..., :1]), torch.sin(half) * w], -1)
+    t = _translation_for(both, q1[None], q2[None], planar)
+    return both, t, torch.ones_like(both[..., 0], dtype=torch.bool)
+
+
+# --------------------------------------------------------------------------------------------------
+# Public solvers
+# --------------------------------------------------------------------------------------------------
+
+
+def solve_five_point(q1: Tensor, q2: Tensor, *, backend: Backend = "auto") -> PoseCandidates:
+    r"""All relative poses of five point pairs (5P): NullE, Eqs. 18 and 19.
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., 5, 3)``: bearings of the same points in both cameras, of any length but 0.
+    backend
+        ``"auto"`` (default): all problems at once. ``"reference"``: the equations as printed, one
+        problem at a time, without the final Newton steps.
+
+    Returns
+    -------
+    PoseCandidates
+        With K = 10. One candidate for each real essential matrix; of its two rotations and two
+        translations the one with the most points in front of both cameras.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors.
+    ValueError
+        Shapes that do not fit, other than five points, values that are not finite, a bearing of
+        length 0, an unknown backend.
+
+    Notes
+    -----
+    Ten cubics in the four coordinates of the null space span all but ten of its 20 cubic monomials;
+    eigenvectors of a 10 x 10 matrix give the roots, which Newton's method on rotation and translation
+    then polishes. A root is valid when its constraints hold to 1e-11.
+
+    A sample without parallax (a pure rotation) determines its rotation, and no translation: it has one
+    valid candidate with that rotation, one of the translations that explain it as well as any other, and
+    ``in_front`` false.
+
+    Differentiable in ``q1`` and ``q2``, by the implicit function theorem at each root (``"auto"`` and
+    ``"reference"`` alike); the gradient is 0 where a candidate is not valid, has no parallax, or is a
+    multiple root. Time ``O(B)`` with about a thousand multiplications a problem beside the eigenvalues;
+    memory ``O(B)`` for the result and for 512 problems at a time. On a GPU the eigenvalues are computed
+    on the CPU.
+
+    Examples
+    --------
+    >>> X1 = torch.tensor([[0, 0, 5], [1, 0, 6], [0, 1, 7], [-1, 1, 4], [1, -1, 5]]).double()
+    >>> R, t = quat_to_rot(torch.tensor([0.96, 0.0, 0.28, 0.0])), torch.tensor([0.6, 0.0, 0.8])
+    >>> found = solve_five_point(X1, X1 @ R.T + t)
+    >>> found.R.shape
+    torch.Size([10, 3, 3])
+    >>> error = (found.R - R).abs().amax((-1, -2)) + (found.t - t).abs().amax(-1)
+    >>> bool(error[found.valid & found.in_front].min() < 1e-6)  # R and t above are rounded
+    True
+    """
+    check_one_of(backend, "backend", _BACKENDS)
+    first, second = _bearings(q1, q2, 5)
+    return _solve(first, second, None, False, 10, backend)
+
+
+def solve_4p_st0(q1: Tensor, q2: Tensor, *, backend: Backend = "auto") -> PoseCandidates:
+    r"""All relative poses of four point pairs whose screw translation is 0 (4P-ST0, section 6.2).
+
+    For planar motions, whatever the camera's tilt: the plane need not be known.
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., 4, 3)``: bearings, of any length but 0.
+    backend
+        As in :func:`solve_five_point`.
+
+    Returns
+    -------
+    PoseCandidates
+        With K = 10. Of the twisted pair, the rotation whose axis is normal to the translation (both, if
+        both are half-turns), with the sign of ``t`` that has the most points in front.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`solve_five_point`, for four points.
+
+    Notes
+    -----
+    ``tr E = 0`` (Eq. 21) is one more linear equation on ``E``, so this is :func:`solve_five_point` with
+    one row of its null space exchanged. Gradients, samples without parallax, time and memory as there.
+    Near the identity the axis is ill-defined under noise; :func:`ransac_relative_pose` lets
+    :func:`solve_translation_only` compete.
+
+    Examples
+    --------
+    >>> X1 = torch.tensor([[0, 0, 5], [1, 0, 6], [0, 1, 7], [-1, 1, 4]]).double()
+    >>> R, t = quat_to_rot(torch.tensor([0.96, 0.0, 0.28, 0.0])), torch.tensor([0.6, 0.0, 0.8])
+    >>> found = solve_4p_st0(X1, X1 @ R.T + t)
+    >>> error = (found.R - R).abs().amax((-1, -2)) + (found.t - t).abs().amax(-1)
+    >>> bool(error[found.valid & found.in_front].min() < 1e-6)
+    True
+    """
+    check_one_of(backend, "backend", _BACKENDS)
+    first, second = _bearings(q1, q2, 4)
+    return _solve(first, second, None, True, 10, backend)
+
+
+def solve_known_angle(
+    q1: Tensor,
+    q2: Tensor,
+    theta: Tensor | float,
+    *,
+    planar: bool,
+    backend: Backend = "auto",
+) -> PoseCandidates:
+    r"""All relative poses with a known rotation angle: 4P-RA, or 3P-RA-ST0 if planar too.
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., n, 3)``: bearings, of any length but 0; n = 3 if ``planar``, else 4.
+    theta
+        Rotation angle in radians, in (0, pi]: a number, or a floating tensor whose shape broadcasts to
+        the leading dimensions of ``q1``. A gyroscope gives it without being aligned with the camera.
+    planar
+        Whether the screw translation is 0 besides.
+    backend
+        As in :func:`solve_five_point`. The reference needs an angle clearly below pi.
+
+    Returns
+    -------
+    PoseCandidates
+        With K = 12 if planar, else 20: each with the given angle, and the sign of ``t`` that has the most
+        points in front.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors, ``planar`` not a bool.
+    ValueError
+        Shapes that do not fit, a wrong number of points, values that are not finite, a bearing of length
+        0, an angle outside (0, pi], an unknown backend.
+
+    Notes
+    -----
+    SIR2+u: quartics (Eq. 16), for planar motions also cubics (section 6.3), in ``u`` on the sphere
+    ``|u| = sin(theta / 2)``. The template is the paper's 13 x 25 if planar, else 16 x 36. For a pure
+    translation (theta = 0) use :func:`solve_translation_only`. Differentiable in ``q1``, ``q2`` and
+    ``theta``; samples without parallax, time and memory as in :func:`solve_five_point`.
+
+    Examples
+    --------
+    >>> X1 = torch.tensor([[0, 0, 5], [1, 0, 6], [0, 1, 7]]).double()
+    >>> R, t = quat_to_rot(torch.tensor([0.96, 0.0, 0.28, 0.0])), torch.tensor([0.6, 0.0, 0.8])
+    >>> found = solve_known_angle(X1, X1 @ R.T + t, 2 * math.atan2(0.28, 0.96), planar=True)
+    >>> error = (found.R - R).abs().amax((-1, -2)) + (found.t - t).abs().amax(-1)
+    >>> bool(error[found.valid & found.in_front].min() < 1e-6)
+    True
+    """
+    check_one_of(backend, "backend", _BACKENDS)
+    if not isinstance(planar, bool):
+        raise TypeError(f"planar: expected a bool, got {planar!r}")
+    first, second = _bearings(q1, q2, 3 if planar else 4)
+    angle = _angle(theta, first.shape[:-2], first)
+    return _solve(first, second, angle, planar, 12 if planar else 20, backend)
+
+
+def solve_translation_only(q1: Tensor, q2: Tensor) -> PoseCandidates:
+    r"""The translation of two point pairs if nothing rotates (2P-TO, section 6.3).
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., 2, 3)``: bearings, of any length but 0.
+
+    Returns
+    -------
+    PoseCandidates
+        With K = 1: ``R = I`` and ``t`` normal to both ``q1 x q2``, with the sign that has the most points
+        in front. Not valid where that direction is undefined: no parallax, or both points and the
+        translation in one plane.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`solve_five_point`, for two points.
+
+    Notes
+    -----
+    Differentiable. Time and memory ``O(B)``.
+
+    Examples
+    --------
+    >>> X1 = torch.tensor([[0.0, 0.0, 5.0], [1.0, 0.5, 6.0]])
+    >>> solve_translation_only(X1, X1 + torch.tensor([0.0, 0.6, 0.8])).t
+    tensor([[0.0000, 0.6000, 0.8000]], dtype=torch.float64)
+    """
+    first, second = _bearings(q1, q2, 2)
+    return _translation_only(first, second)
+
+
+def _translation_only(q1: Tensor, q2: Tensor) -> PoseCandidates:
+    normals = torch.linalg.cross(q1, q2)
+    across = torch.linalg.cross(normals[..., 0, :], normals[..., 1, :])
+    sizes = normals.detach().norm(dim=-1)
+    size = across.detach().norm(dim=-1)
+    valid = (sizes.amin(-1) > 1e-12) & (size > 1e-12 * sizes.prod(-1))
+    t = _unit(torch.where(valid[..., None], across, torch.ones_like(across)))
+    identity = _eye(3, t).expand(*t.shape[:-1], 3, 3)
+    _, t, front = _face_forward(identity, t, q1, q2, torch.zeros_like(valid))
+    t = torch.where(valid[..., None], t, 0.0)
+    parts = (identity, t, _hat(t), valid, front & valid)
+    k = len(valid.shape)
+    return PoseCandidates(*(x.unsqueeze(k) for x in parts))
+
+
+# --------------------------------------------------------------------------------------------------
+# RANSAC
+# --------------------------------------------------------------------------------------------------
+
+_POINTS: dict[Solver, int] = {"5p": 5, "4p_st0": 4, "4p_ra": 4, "3p_ra_st0": 3, "2p_to": 2}
+
+
+def _run(solver: Solver, q1: Tensor, q2: Tensor, theta: Tensor | None) -> PoseCandidates:
+    if solver == "2p_to":
+        return _translation_only(q1, q2)
+    planar = solver in ("4p_st0", "3p_ra_st0")
+    own = None if solver in ("5p", "4p_st0") else theta
+    count = {"5p": 10, "4p_st0": 10, "4p_ra": 20, "3p_ra_st0": 12}[solver]
+    return _solve(q1, q2, own, planar, count, "auto")
+
+
+def _samples(
+    batch: int, points: int, samples: int, size: int, generator: torch.Generator | None
+) -> Tensor:
+    """Indices (batch, samples, size) without repetition, drawn on the CPU, so that seeds carry over."""
+    keys = torch.rand(batch, samples, points, generator=generator, dtype=torch.float64)
+    return keys.topk(size, dim=-1).indices
+
+
+def ransac_relative_pose(
+    q1: Tensor,
+    q2: Tensor,
+    *,
+    solver: Solver = "5p",
+    theta: Tensor | float | None = None,
+    threshold: float = 0.004,
+    samples: int = 100,
+    fallback_samples: int | None = None,
+    spherical: bool = False,
+    generator: torch.Generator | None = None,
+) -> PoseEstimate:
+    r"""Relative pose of point pairs of which some are wrong.
+
+    Minimal samples are drawn and solved all at once; each real root is scored on all pairs by the sum of
+    its squared Sampson distances, each at most ``threshold ** 2``; the least sum wins.
+
+    Parameters
+    ----------
+    q1, q2
+        Floating, ``(..., N, 3)``: bearings. Leading dimensions are independent problems.
+    solver
+        ``"5p"`` (default), ``"4p_st0"``, ``"4p_ra"``, ``"3p_ra_st0"`` or ``"2p_to"``.
+    theta
+        For ``"4p_ra"`` and ``"3p_ra_st0"`` only: the angle, as in :func:`solve_known_angle`.
+    threshold
+        Distance up to which a pair is an inlier, in the unit of :func:`sampson_distance`: pixels over
+        the focal length, or radians if ``spherical``. Default 0.004 (2 pixels at 500, as in the book's
+        experiment).
+    samples
+        Minimal samples for each problem. Default 100.
+    fallback_samples
+        Samples of two points for :func:`solve_translation_only`, which compete as equals (section 6.3,
+        "Handling Degeneracy"). Default: 20 for solvers that use an invariant, none for ``"5p"`` and
+        ``"2p_to"``.
+    spherical
+        Distances on the unit spheres instead of the image planes. Default ``False``.
+    generator
+        Source of the samples, on the CPU.
+
+    Returns
+    -------
+    PoseEstimate
+        For the best hypothesis. The sign of ``t`` (and for ``"5p"`` the rotation of the twisted pair)
+        is decided by all inliers.
+
+    Raises
+    ------
+    TypeError
+        Not floating-point tensors, ``samples`` or ``fallback_samples`` not integers, ``spherical`` not a
+        bool.
+    ValueError
+        Shapes that do not fit, fewer points than a sample needs, values that are not finite, bearings as
+        :func:`sampson_distance` refuses them, an unknown solver, an angle missing or not wanted, a
+        threshold that is not positive, no samples.
+
+    Notes
+    -----
+    The estimate is that of a minimal sample and is not refined on the inliers. Not differentiable.
+    Time ``O(B S N)`` for B problems and S samples; memory ``O(B S)`` for the hypotheses, ``O(B S N)`` for
+    drawing them, and about 2 ** 18 residuals at a time.
+
+    Examples
+    --------
+    >>> g = torch.Generator().manual_seed(0)
+    >>> X1 = torch.rand(40, 3, generator=g) * 4 + torch.tensor([-2.0, -2.0, 4.0])
+    >>> X2 = X1 @ quat_to_rot(torch.tensor([0.96, 0, 0.28, 0])).T.float() + torch.tensor([0.6, 0, 0.8])
+    >>> X2[:10] = X2[:10].roll(1, 0)  # wrong pairs
+    >>> found = ransac_relative_pose(X1, X2, solver="4p_st0", samples=30, generator=g)
+    >>> found.t.round(decimals=3), found.inliers[10:].all()
+    (tensor([0.6000, 0.0000, 0.8000], dtype=torch.float64), tensor(True))
+    """
+    check_one_of(solver, "solver", tuple(_POINTS))
+    first, second = _pairs(q1, q2, None)
+    check_positive(threshold, "threshold")
+    if not isinstance(spherical, bool):
+        raise TypeError(f"spherical: expected a bool, got {spherical!r}")
+    if fallback_samples is None:
+        fallback_samples = 0 if solver in ("5p", "2p_to") else 20
+    for count, name, least in ((samples, "samples", 1), (fallback_samples, "fallback_samples", 0)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
+        check_at_least(count, name, least)
+    needed = max(_POINTS[solver], 2 if fallback_samples else 0)
+    if first.shape[-2] < needed:
+        raise ValueError(f"q1: expected at least {needed} points, got {first.shape[-2]}")
+    wanted = solver in ("4p_ra", "3p_ra_st0")
+    if (theta is not None) != wanted:
+        need = "an angle" if wanted else "None"
+        raise ValueError(f"theta: expected {need} for solver {solver!r}, got {theta!r}")
+    batch = first.shape[:-2]
+    angle = None if theta is None else _angle(theta, batch, first).reshape(-1)
+    _check_lengths(first, "q1")
+    _check_lengths(second, "q2")
+    points = [_on_surface(q, n, spherical) for q, n in ((first, "q1"), (second, "q2"))]
+    with torch.no_grad():
+        parts = _ransac(
+            first.reshape(-1, *first.shape[-2:]), second.reshape(-1, *first.shape[-2:]),
+            points[0].reshape(-1, *first.shape[-2:]), points[1].reshape(-1, *first.shape[-2:]),
+            solver, angle, threshold**2, samples, fallback_samples, spherical, generator,
+        )  # fmt: skip
+    return PoseEstimate(*(x.reshape((*batch, *x.shape[1:])) for x in parts))
+
+
+def _truncated_sums(E: Tensor, p1: Tensor, p2: Tensor, limit: float, spherical: bool) -> Tensor:
+    """Sums (B, H) over points (B, N, 3) of squared Sampson distances to E (B, H, 3, 3), cut at a limit.
+
+    The same numbers as :func:`_sampson_squared`, as products of matrices with H columns.
+    """
+    pairs = (p2[..., :, None] * p1[..., None, :]).flatten(-2)
+    value = pairs @ E.flatten(-2).mT
+    slope = torch.zeros_like(value)
+    for k in range(3 if spherical else 2):
+        slope += (p1 @ E[:, :, k].mT).square_()  # component k of E p1
+        slope += (p2 @ E[..., k].mT).square_()  # and of E^T p2
+    square = value.square_()
+    if spherical:
+        slope -= 2 * square
+    return square.div_(slope.clamp_(min=_TINY)).clamp_(max=limit).sum(-2)
+
+
+@uncompiled
+def _ransac(
+    q1: Tensor,
+    q2: Tensor,
+    p1: Tensor,
+    p2: Tensor,
+    solver: Solver,
+    theta: Tensor | None,
+    limit: float,
+    samples: int,
+    fallback_samples: int,
+    spherical: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, ...]:
+    B, N = q1.shape[:2]
+    q1, q2 = _unit(q1), _unit(q2)
+    rows = torch.arange(B, device=q1.device)[:, None, None]
+    hypotheses: list[PoseCandidates] = []
+    for name, count in ((solver, samples), ("2p_to", fallback_samples)):
+        if count:
+            index = _samples(B, N, count, _POINTS[name], generator).to(q1.device)
+            own = None if theta is None else theta[:, None].expand(B, count)
+            found = _run(name, q1[rows, index], q2[rows, index], own)
+            hypotheses.append(PoseCandidates(*(x.flatten(1, 2) for x in found)))
+    R, t, E, valid = (
+        torch.cat([getattr(h, f) for h in hypotheses], 1) for f in ("R", "t", "E", "valid")
+    )
+    # Only valid hypotheses are scored: they come first, and the rest is cut off where all have ended.
+    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    order = order[:, : int(valid.sum(1).max()) if B else 0]
+    at = torch.arange(B, device=q1.device)
+    cost = torch.full(valid.shape, math.inf, dtype=R.dtype, device=R.device)
+    step = max(1, _RESIDUALS // max(1, B * N))
+    for low in range(0, order.shape[1], step):
+        own = order[:, low : low + step]
+        sums = _truncated_sums(E[at[:, None], own], p1, p2, limit, spherical)
+        cost[at[:, None], own] = sums.masked_fill(~valid[at[:, None], own], math.inf)
+    least, best = cost.min(1)
+    any_valid = torch.isfinite(least)
+    R, t, E = R[at, best], t[at, best], E[at, best]
+    square = _sampson_squared(E, p1, p2, spherical)
+    inliers = (square <= limit) & any_valid[:, None]
+    fallback = (best >= hypotheses[0].valid.shape[1]) & any_valid
+    twins = torch.full_like(any_valid, solver == "5p") & ~fallback
+    R, t, _ = _face_forward(R, t, q1, q2, twins, inliers.to(R.dtype))
+    least = torch.where(any_valid, least, N * limit)
+    return R, t, _hat(t) @ R, inliers, least, any_valid, fallback
