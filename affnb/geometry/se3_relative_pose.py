@@ -73,8 +73,7 @@ _CHUNK, _RESIDUALS = 512, 2**18
 _ZERO = 1e-11
 #: Two candidates nearer than this are the same root, found from two starts.
 _SAME = 1e-9
-#: Below this, two bearings of a sample enclose the same angle in both views, and a second rotation of
-#: an essential matrix counts as planar too.
+#: Below this (radians), the bearings of a sample show no parallax: a rotation alone explains them.
 _NEAR = 1e-10
 #: Imaginary part, relative to the root, up to which Newton's method tries for a real root near by.
 _REAL = 0.1
@@ -1809,8 +1808,8 @@ def ransac_relative_pose(
     >>> X2 = X1 @ quat_to_rot(torch.tensor([0.96, 0, 0.28, 0])).T.float() + torch.tensor([0.6, 0, 0.8])
     >>> X2[:10] = X2[:10].roll(1, 0)  # wrong pairs
     >>> found = ransac_relative_pose(X1, X2, solver="4p_st0", samples=30, generator=g)
-    >>> found.t.round(decimals=3), found.inliers[10:].all()
-    (tensor([0.6000, 0.0000, 0.8000], dtype=torch.float64), tensor(True))
+    >>> bool((found.t - torch.tensor([0.6, 0.0, 0.8])).norm() < 1e-3), bool(found.inliers[10:].all())
+    (True, True)
     """
     check_one_of(solver, "solver", tuple(_POINTS))
     first, second = _pairs(q1, q2, None)
