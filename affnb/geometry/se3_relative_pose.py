@@ -95,6 +95,20 @@ class PoseCandidates(NamedTuple):
         bool ``(..., K)``. Valid candidates come first.
     in_front
         bool ``(..., K)``: all points of the sample lie in front of both cameras.
+
+    Examples
+    --------
+    Five bearings, seen again after a step to the right:
+
+    >>> q1 = torch.tensor([[0.1, 0.2, 1], [-0.3, 0.1, 1], [0.4, -0.2, 1], [0.2, 0.5, 1], [0, 0, 1]])
+    >>> depth = torch.tensor([[3.0], [4.0], [5.0], [3.5], [4.5]])
+    >>> q2 = q1 + torch.tensor([1.0, 0, 0]) / depth
+    >>> found = solve_five_point(q1.double(), q2.double())
+    >>> found.R.shape == (10, 3, 3) and found.valid.shape == (10,)
+    True
+    >>> turned = (found.R[found.valid] - torch.eye(3)).abs().amax((-2, -1))
+    >>> bool(turned.min() < 1e-6)  # one of the candidates does not turn
+    True
     """
 
     R: Tensor
@@ -121,6 +135,16 @@ class PoseEstimate(NamedTuple):
         bool ``(...)``: there is an estimate.
     fallback
         bool ``(...)``: it comes from the translation-only fallback.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> q1 = torch.cat([torch.rand(30, 2, generator=generator) - 0.5, torch.ones(30, 1)], dim=1)
+    >>> depth = 2 + 4 * torch.rand(30, 1, generator=generator)
+    >>> q2 = q1 + torch.tensor([1.0, 0, 0]) / depth  # a step to the right
+    >>> estimate = ransac_relative_pose(q1.double(), q2.double(), threshold=1e-3)
+    >>> bool(estimate.valid), int(estimate.inliers.sum())
+    (True, 30)
     """
 
     R: Tensor
