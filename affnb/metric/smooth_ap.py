@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from affnb import kernels
 from affnb.checks import (
     check_bool,
     check_finite,
@@ -118,6 +119,10 @@ def _sweep(
     ``scores`` (n, M) holds ``-inf`` where an item is not in the retrieval set; ``positives`` (n, p)
     holds the columns of the relevant items. Returns (n,) values and (n, M) gradients, row by row.
     """
+    if kernels.wanted(scores):
+        from affnb.kernels.smooth_ap import sweep
+
+        return sweep(scores.contiguous(), positives.contiguous(), temperature, with_grad)
     count, items = scores.shape
     p = positives.shape[1]
     budget = _BLOCK_CUDA if scores.is_cuda else _BLOCK_CPU
