@@ -1,7 +1,11 @@
-"""How every benchmark of the project measures: interleaved medians, and peak memory.
+"""How every benchmark of the project measures: interleaved medians, peak memory, and the device's limits.
 
 A benchmark module (``benchmarks/<part>/bench_<method>.py``) has one function, ``cases(device)``,
 which returns :class:`Case` objects. ``benchmarks/run.py`` runs them all.
+
+What no implementation can do without is a case's `Work`: each input read and each gradient written
+once, and the products of matrices. Over the rates that `limits` measures in the same run, it gives
+the least time that the device would take.
 """
 
 from __future__ import annotations
@@ -12,13 +16,24 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 Step = Callable[[], object]
+
+#: How the name of an implementation ends that `as_named` compiles.
+COMPILED = ", compiled"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation cannot do without: bytes to move, and flops of its matrix products."""
+
+    bytes: int
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,10 +49,33 @@ class Case:
     shape: dict[str, int]
     setup: Callable[[str, dict[str, int], str], Step]
     small: dict[str, int]  # a shape that warms everything up and takes next to no memory
+    work: Work | None = None  # None where neither memory nor matrix products bound it
 
     def step(self, device: str) -> Step:
         """Return the step to measure, its inputs made."""
         return self.setup(self.implementation, self.shape, device)
+
+
+def as_named(function: Callable[..., Any], implementation: str) -> Callable[..., Any]:
+    """Return the function, compiled if the implementation's name says so."""
+    return torch.compile(function, dynamic=False) if implementation.endswith(COMPILED) else function
+
+
+def limits(device: str) -> dict[str, float]:
+    """Measure what the device can do: bytes a second of a copy, flops a second of a product.
+
+    The copy counts what it reads and what it writes. Products are of square float32 matrices, as
+    PyTorch does them by default.
+    """
+    numbers, side = (2**26, 8192) if device == "cuda" else (2**25, 2048)
+    a, b = torch.zeros(2, numbers, device=device).unbind()
+    x, y = torch.randn(2, side, side, device=device).unbind()
+    out = torch.empty_like(x)
+    steps: list[Step] = [lambda: b.copy_(a), lambda: torch.mm(x, y, out=out)]
+    copy, product = (
+        min(_time_once(step, device) for _ in range(8)) for step in steps
+    )  # the best: a limit is what was reached once
+    return {"copy_bytes_per_s": 8 * numbers / copy, "matmul_flops_per_s": 2 * side**3 / product}
 
 
 def _time_once(step: Step, device: str) -> float:
@@ -91,7 +129,8 @@ def peak_bytes(case: Case, device: str) -> int | None:
     """Memory that one step needs beyond its inputs.
 
     On CUDA the allocator counts. On the CPU it is the rise of the resident high-water mark of a
-    fresh process, which only Linux tells in this way; elsewhere ``None``.
+    fresh process, which only Linux tells in this way; elsewhere ``None``, and also for compiled
+    forms, where that rise is the compiler's.
     """
     if device == "cuda":
         step = case.step(device)
@@ -103,7 +142,7 @@ def peak_bytes(case: Case, device: str) -> int | None:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
+    if sys.platform != "linux" or case.implementation.endswith(COMPILED):
         return None
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_cpu_peak, case, torch.get_num_threads()).result()
@@ -125,6 +164,7 @@ def run(cases: list[Case], device: str) -> list[dict[str, Any]]:
                     "pass": "forward+backward",
                     "seconds": seconds,
                     "peak_bytes": peak_bytes(case, device),
+                    "work": None if case.work is None else asdict(case.work),
                 }
             )
     return results

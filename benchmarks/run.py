@@ -82,6 +82,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "limits": harness.limits(device),
         "results": [],
     }
     chosen = modules(arguments.only)

@@ -27,6 +27,7 @@ def project(tmp_path):
     """Make a project of two chapters; the first imports one module of two."""
     files = {
         "affnb/__init__.py": "",
+        "book/parts/one.md": "# Part one\n\n<!-- chapters -->\n",
         "affnb/one/__init__.py": "from .near import f\n",
         "affnb/one/near.py": "from .. import tools\n\ndef f():\n    from affnb.lazy import g\n",
         "affnb/tools.py": "",
@@ -42,8 +43,16 @@ def project(tmp_path):
                 "parts": [
                     {"caption": "Front", "chapters": [{"file": "book/running"}]},
                     {
-                        "caption": "Part one",
-                        "chapters": [{"file": "chapters/one/a"}, {"file": "chapters/one/b"}],
+                        "caption": "The chapters",
+                        "chapters": [
+                            {
+                                "file": "book/parts/one",
+                                "sections": [
+                                    {"file": "chapters/one/a"},
+                                    {"file": "chapters/one/b"},
+                                ],
+                            }
+                        ],
                     },
                 ],
             }
@@ -258,6 +267,18 @@ def test_the_map_links_the_chapters_and_draws_who_builds_on_whom(project):
         pages.map_svg(chapters.list_chapters(project))
 
 
+def test_an_opening_lists_the_chapters_of_its_part(project):
+    found = chapters.list_chapters(project)
+    page = project / "book" / "parts" / "one.md"
+    pages.openings(page.parent, found)
+    assert "- [](/chapters/one/a.ipynb)\n- [](/chapters/one/b.ipynb)" in page.read_text()
+    with pytest.raises(ValueError, match="<!-- chapters -->"):
+        pages.openings(page.parent, found)
+    page.write_text("No heading\n")
+    with pytest.raises(ValueError, match="heading"):
+        chapters.list_chapters(project)
+
+
 def test_the_benchmarks_say_what_was_not_measured(tmp_path):
     assert "No benchmark has been run" in pages.benchmarks(tmp_path)
     shape = {"operation": "f", "shape": {"N": 8}, "pass": "forward"}
@@ -265,9 +286,15 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
         "device": "CPU",
         "versions": {"torch": "2.13.0"},
         "commit": "c0ffee",
+        "limits": {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e9},
         "results": [
             shape
-            | {"implementation": "literal equations", "seconds": 0.5, "peak_bytes": 4_000_000},
+            | {
+                "implementation": "literal equations",
+                "seconds": 0.5,
+                "peak_bytes": 4_000_000,
+                "work": {"bytes": 10_000_000, "flops": 50_000_000},
+            },
             shape | {"implementation": "auto", "seconds": 0.1, "peak_bytes": None},
         ],
     }
@@ -276,6 +303,8 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
     assert "Owed: figures from a GPU" in page
     assert "500 ms" in page
     assert "100 ms (5×)" in page
+    assert "<td>10.0%</td>" in page, "50 Mflop at 1 Gflop/s are 50 ms, of 500"
+    assert page.count("<svg") == 2
     assert "not measured" in page
     (tmp_path / "gpu.json").write_text(json.dumps(data | {"device": "NVIDIA H100"}))
     assert "Owed" not in pages.benchmarks(tmp_path)

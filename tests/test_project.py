@@ -284,6 +284,14 @@ def test_toc_lists_each_chapter_once(toc: list[str]) -> None:
     assert linked == set(listed), "the table of the preface and _toc.yml name different chapters"
 
 
+def test_openings_link_the_chapters_of_their_part_in_order(toc: list[str]) -> None:
+    for part in dict.fromkeys(path.parent.name for path in CHAPTERS):
+        text = (ROOT / "book" / "parts" / f"{part}.md").read_text()
+        listed = [chapter_of(e) for e in toc if e.startswith(f"chapters/{part}/")]
+        table = re.findall(rf"^\| \[.*?\]\(\.\./\.\./chapters/({part}/\w+)\.ipynb\)", text, re.M)
+        assert table in ([], listed), part
+
+
 def test_four_files_for_each_chapter() -> None:
     chapters = {(path.parent.name, path.stem) for path in CHAPTERS}
     assert chapters

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from affnb.affinity import AdaptiveAffinityFieldLoss
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (unfold)"
 SIZES = (1, 2)
@@ -45,14 +45,13 @@ def setup(implementation: str, shape: dict[str, int], device: str) -> Step:
     labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :side, :side].contiguous()
     backend = "auto" if implementation == OURS else "reference"
     criterion = AdaptiveAffinityFieldLoss(classes, SIZES, weights="uniform", backend=backend)
+    loss = criterion.to(device)
+    if implementation.startswith(PYTORCH):
+        loss = as_named(unfold_loss, implementation)
 
     def step() -> None:
         logits.grad = None
-        if implementation == PYTORCH:
-            loss = unfold_loss(logits, labels)
-        else:
-            loss = criterion.to(device)(logits, labels)
-        loss.backward()
+        loss(logits, labels).backward()
 
     return step
 
@@ -63,6 +62,10 @@ def cases(device: str) -> list[Case]:
     for batch, side in ((8, 42), (16, 60), (4, 120), (16, 240)):
         shape, small = {"B": batch, "C": 21, "H=W": side}, {"B": 1, "C": 21, "H=W": 8}
         # The others hold 120 (literal) and 190 (unfold) times the logits at once.
-        names = [OURS] + [LITERAL, PYTORCH] * (batch * side**2 <= 60_000)
-        found += [Case("affinity_fields", name, shape, setup, small) for name in names]
+        names = [OURS]
+        if batch * side**2 <= 60_000:
+            names += [LITERAL, PYTORCH, PYTORCH + COMPILED]
+        pixels = batch * side**2
+        work = Work(bytes=2 * 4 * 21 * pixels + 8 * pixels)  # logits in, their gradient out, labels
+        found += [Case("affinity_fields", name, shape, setup, small, work) for name in names]
     return found

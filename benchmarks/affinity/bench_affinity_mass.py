@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from affnb.affinity import affinity_mass_loss, batch_affinity_loss
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (cdist, softmax)"
 
@@ -25,15 +27,16 @@ def setup_batch(implementation: str, shape: dict[str, int], device: str) -> Step
     # Ten classes, as in CIFAR-10; a scale at which neither side of the mass underflows.
     features = (0.3 * torch.randn(shape["N"], shape["d"], device=device)).requires_grad_()
     labels = torch.randint(0, 10, (shape["N"],), device=device)
+    if implementation.startswith(PYTORCH):
+        loss = as_named(cdist_softmax_loss, implementation)
+    else:
+        loss = partial(
+            batch_affinity_loss, backend="auto" if implementation == OURS else "reference"
+        )
 
     def step() -> None:
         features.grad = None
-        if implementation == PYTORCH:
-            loss = cdist_softmax_loss(features, labels)
-        else:
-            backend = "auto" if implementation == OURS else "reference"
-            loss = batch_affinity_loss(features, labels, backend=backend)
-        loss.backward()
+        loss(features, labels).backward()
 
     return step
 
@@ -44,10 +47,11 @@ def setup_matrix(implementation: str, shape: dict[str, int], device: str) -> Ste
     logits = torch.randn(size, device=device).requires_grad_()
     target = torch.rand(size, device=device) < 0.02  # the share of targets in COCO is this small
     backend = "auto" if implementation == OURS else "reference"
+    loss = as_named(partial(affinity_mass_loss, backend=backend), implementation)
 
     def step() -> None:
         logits.grad = None
-        affinity_mass_loss(logits, target, backend=backend).backward()
+        loss(logits, target).backward()
 
     return step
 
@@ -57,11 +61,17 @@ def cases(device: str) -> list[Case]:
     for n in (128, 512, 2048, 8192, 20_000):
         shape, small = {"N": n, "d": 128}, {"N": 16, "d": 128}
         # The literal form holds N x N x d numbers, the PyTorch form N x N several times.
-        names = [OURS] + [LITERAL] * (n <= 512) + [PYTORCH] * (n <= 8192)
-        found += [Case("batch_affinity_loss", name, shape, setup_batch, small) for name in names]
+        names = [OURS] + [LITERAL] * (n <= 512) + [PYTORCH, PYTORCH + COMPILED] * (n <= 8192)
+        # Products of all pairs, and their gradient times the features.
+        work = Work(bytes=2 * 4 * n * 128 + 8 * n, flops=2 * 2 * n * n * 128)
+        found += [
+            Case("batch_affinity_loss", name, shape, setup_batch, small, work) for name in names
+        ]
     for n in (100, 300, 1000):  # proposals per image
         shape, small = {"graphs": 2, "N": n}, {"graphs": 2, "N": 8}
+        work = Work(bytes=2 * n * n * (2 * 4 + 1))  # logits in, their gradient out, targets
         found += [
-            Case("affinity_mass_loss", name, shape, setup_matrix, small) for name in (OURS, LITERAL)
+            Case("affinity_mass_loss", name, shape, setup_matrix, small, work)
+            for name in (OURS, LITERAL, LITERAL + COMPILED)
         ]
     return found

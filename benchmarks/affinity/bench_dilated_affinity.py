@@ -12,7 +12,7 @@ from affnb.affinity import (
     neighbour_count_frequencies,
     propagate_affinity,
 )
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (unfold)"
 RATES = (8, 16)
@@ -41,11 +41,12 @@ def setup_propagation(implementation: str, shape: dict[str, int], device: str) -
     prob = torch.randn(batch, classes, side, side, device=device).softmax(1).requires_grad_()
     affinity = torch.rand(batch, len(offsets), side, side, device=device).requires_grad_()
     steps = shape["steps"]
+    unfolded = as_named(unfolded_propagation, implementation)
 
     def step() -> None:
         prob.grad = affinity.grad = None
-        if implementation == PYTORCH:
-            refined = unfolded_propagation(prob, affinity, rates, steps)
+        if implementation.startswith(PYTORCH):
+            refined = unfolded(prob, affinity, rates, steps)
         else:
             backend = "auto" if implementation == OURS else "reference"
             refined = propagate_affinity(prob, affinity, offsets, iterations=steps, backend=backend)
@@ -81,16 +82,23 @@ def cases(device: str) -> list[Case]:
     # The literal form visits each pixel from Python; unfold keeps 18 copies of the probabilities a step.
     for side, names in (
         (12, [OURS, LITERAL, PYTORCH]),
-        (60, [OURS, PYTORCH]),
-        (240, [OURS, PYTORCH]),
+        (60, [OURS, PYTORCH, PYTORCH + COMPILED]),
+        (240, [OURS, PYTORCH, PYTORCH + COMPILED]),
     ):
         shape = {"B": 1, "C": 21, "H": side, "steps": 10}
+        # Each iteration reads probabilities and affinity and writes probabilities; going back it
+        # reads them again and writes both gradients.
+        per_pixel = 10 * (2 * 21 + 16) + 10 * (3 * 21 + 2 * 16)
+        work = Work(bytes=4 * side**2 * per_pixel)
         found += [
-            Case("propagate_affinity", name, shape, setup_propagation, small) for name in names
+            Case("propagate_affinity", name, shape, setup_propagation, small, work)
+            for name in names
         ]
     for side in (60, 240):
         shape, tiny = {"B": 4, "H": side}, {"B": 1, "H": 8}
+        work = Work(bytes=4 * 16 * side**2 * (2 * 4 + 2))  # logits in, gradient out, two masks
         found += [
-            Case("DilatedAffinityLoss", name, shape, setup_loss, tiny) for name in (OURS, LITERAL)
+            Case("DilatedAffinityLoss", name, shape, setup_loss, tiny, work)
+            for name in (OURS, LITERAL)
         ]
     return found

@@ -8,7 +8,7 @@ from affnb.affinity.graphical_contrastive import (
     entity_class_aware_loss,
     graphical_contrastive_loss,
 )
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (an axis of classes)"
 CLASSES, PREDICATES = 150, 50  # Visual Genome's
@@ -44,11 +44,12 @@ def setup_entity(implementation: str, shape: dict[str, int], device: str) -> Ste
     truth, subj_cls, obj_cls = graph(shape, device)
     phi, pos, neg = torch.rand(truth.shape, device=device), truth > 0, truth == 0
     phi.requires_grad_()
+    spread = as_named(spread_loss, implementation)
 
     def step() -> None:
         phi.grad = None
-        if implementation == PYTORCH:
-            loss = spread_loss(phi, pos, subj_cls, obj_cls)
+        if implementation.startswith(PYTORCH):
+            loss = spread(phi, pos, subj_cls, obj_cls)
         else:
             backend = "auto" if implementation == OURS else "reference"
             loss = entity_class_aware_loss(phi, pos, neg, subj_cls, obj_cls, backend=backend)
@@ -75,14 +76,18 @@ def cases(device: str) -> list[Case]:
     for n in (32, 64, 128, 256, 512):  # entities an image; 512 is the paper's bound
         shape, small = {"images": 2, "N": n}, {"images": 2, "N": 8}
         # The loops index pair by pair; the axis of classes makes 150 copies of every pair.
-        names = [OURS] + [LITERAL] * (n <= 64) + [PYTORCH] * (n <= 256)
+        names = [OURS] + [LITERAL] * (n <= 64) + [PYTORCH, PYTORCH + COMPILED] * (n <= 256)
+        work = Work(bytes=2 * n * n * (2 * 4 + 2))  # affinities in, gradient out, two masks
         found += [
-            Case("entity_class_aware_loss", name, shape, setup_entity, small) for name in names
+            Case("entity_class_aware_loss", name, shape, setup_entity, small, work)
+            for name in names
         ]
     for n in (32, 64, 128, 256):
         shape, small = {"images": 2, "N": n}, {"images": 2, "N": 8}
         names = [OURS] + [LITERAL] * (n <= 64)
+        work = Work(bytes=2 * n * n * (2 * 4 * (PREDICATES + 1) + 8))
         found += [
-            Case("graphical_contrastive_loss", name, shape, setup_total, small) for name in names
+            Case("graphical_contrastive_loss", name, shape, setup_total, small, work)
+            for name in names
         ]
     return found

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from affnb.efficient import MixedPrecisionConv2d, uniform_quantize
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (fake_quantize)"
 CANDIDATES = [(2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 6), (6, 4), (8, 4)]
@@ -27,13 +27,14 @@ def setup_quantizer(implementation: str, shape: dict[str, int], device: str) -> 
     alpha = torch.tensor([2.0], device=device, requires_grad=True)
     step_size = torch.tensor([2.0 / 7], device=device, requires_grad=True)
     zero = torch.zeros(1, device=device)
+    literal = as_named(literal_quantize, implementation)
 
     def step() -> None:
         x.grad = alpha.grad = step_size.grad = None
         if implementation == OURS:
             q = uniform_quantize(x, alpha, 4, True)
-        elif implementation == LITERAL:
-            q = literal_quantize(x, alpha, 4, True)
+        elif implementation.startswith(LITERAL):
+            q = literal(x, alpha, 4, True)
         else:  # PyTorch's fake quantisation with a learnt step
             q = torch._fake_quantize_learnable_per_tensor_affine(x, step_size, zero, -7, 7, 1.0)
         q.sum().backward()
@@ -80,9 +81,10 @@ def cases(device: str) -> list[Case]:
     found = []
     for numel in (2**14, 2**18, 2**22):
         shape, small = {"numel": numel}, {"numel": 64}
+        work = Work(bytes=5 * 4 * numel)  # forward: in, out; backward: in, gradient in and out
         found += [
-            Case("uniform_quantize", name, shape, setup_quantizer, small)
-            for name in (OURS, LITERAL, PYTORCH)
+            Case("uniform_quantize", name, shape, setup_quantizer, small, work)
+            for name in (OURS, LITERAL, LITERAL + COMPILED, PYTORCH)
         ]
     # The three stages of ResNet-20, at a batch that a CPU can bear.
     for channels, side in ((16, 32), (32, 16), (64, 8)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from affnb.metric import average_precision, smooth_ap_loss
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL = "affnb", "literal equations"
 PYTORCH, PML = "PyTorch (relevant rows)", "pytorch-metric-learning"
@@ -43,8 +43,8 @@ def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
         from pytorch_metric_learning.losses import SmoothAPLoss
 
         loss = SmoothAPLoss(temperature=0.01)
-    elif implementation == PYTORCH:
-        loss = relevant_rows_loss
+    elif implementation.startswith(PYTORCH):
+        loss = as_named(relevant_rows_loss, implementation)
     else:
         backend = "auto" if implementation == OURS else "reference"
 
@@ -85,14 +85,16 @@ def cases(device: str) -> list[Case]:
     found = []
     # The literal form and the peer hold B x B x B numbers, several times over.
     for batch, names in (
-        (96, [OURS, LITERAL, PYTORCH, PML]),
-        (384, [OURS, LITERAL, PYTORCH, PML]),
-        (1024, [OURS, PYTORCH]),
+        (96, [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED, PML]),
+        (384, [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED, PML]),
+        (1024, [OURS, PYTORCH, PYTORCH + COMPILED]),
         (4096, [OURS, PYTORCH]),
     ):
         shape = {"B": batch, "per class": 4, "d": 128}
         small = {"B": 16, "per class": 4, "d": 128}
-        found += [Case("smooth_ap_loss", name, shape, setup_loss, small) for name in names]
+        # Scores, and their gradient times the embeddings on either side.
+        work = Work(bytes=2 * 4 * batch * 128, flops=3 * 2 * batch * batch * 128)
+        found += [Case("smooth_ap_loss", name, shape, setup_loss, small, work) for name in names]
     for queries, items in ((100, 1000), (1000, 10_000)):
         shape, small = {"Q": queries, "M": items}, {"Q": 4, "M": 20}
         names = [OURS, TORCHMETRICS, SKLEARN]

@@ -28,6 +28,8 @@ def mend_buttons(
         if group["type"] != "group":
             groups.append(group)
             continue
+        if pagename == "book/preface" and group.get("label") == "launch-buttons":
+            continue  # a notebook only for the sake of its widget
         kept = []
         for button in group["buttons"]:
             label = button.get("label", "")

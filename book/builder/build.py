@@ -160,7 +160,40 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
         download.parent.mkdir(parents=True, exist_ok=True)
         source = canonical(nbformat.read(chapter.path, as_version=4))
         nbformat.write(stamp(source, url, branch), download)
+    with_widget(target / "book" / "preface.md", target / "chapters")
     return unlisted(claims, read_ledger(root))
+
+
+def with_widget(page: Path, chapters: Path) -> None:
+    """Turn a page of Markdown with a line ``<!-- widget: part/method -->`` into a notebook that shows it.
+
+    What it shows is the first widget of that staged chapter, alive as it is there.
+
+    Raises
+    ------
+    ValueError
+        The page has no such line, or the chapter no widget.
+    """
+    match = re.search(r"^<!-- widget: (\w+/\w+) -->$", page.read_text(), re.MULTILINE)
+    if not match:
+        raise ValueError(f"{page}: expected a line '<!-- widget: part/method -->', got none")
+    notebook = nbformat.read(chapters / f"{match[1]}.ipynb", as_version=4)
+    cells = [
+        c for c in notebook["cells"] if any(VIEW in o.get("data", {}) for o in c.get("outputs", []))
+    ]
+    if not cells:
+        raise ValueError(f"{page}: expected {match[1]} to show a widget, got none")
+    shown = cells[0]
+    shown["metadata"]["tags"] = ["remove-input"]
+    shown["outputs"] = [o for o in shown["outputs"] if VIEW in o.get("data", {})]
+    notebook["cells"] = [
+        nbformat.v4.new_markdown_cell(match.string[: match.start()]),
+        shown,
+        nbformat.v4.new_markdown_cell(match.string[match.end() :]),
+    ]
+    del notebook["metadata"]["affnb"]
+    nbformat.write(for_page(notebook), page.with_suffix(".ipynb"))
+    page.unlink()
 
 
 def fingerprint(folder: Path) -> str:

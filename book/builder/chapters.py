@@ -81,28 +81,49 @@ def toc_files(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return files
 
 
+def first_heading(page: Path) -> str:
+    """Return the title of a page of Markdown.
+
+    Raises
+    ------
+    ValueError
+        The page has no heading.
+    """
+    for line in page.read_text().splitlines():
+        if line.startswith("# "):
+            return line[2:].strip()
+    raise ValueError(f"{page}: expected a heading '# ...', got none")
+
+
 def list_chapters(root: Path = ROOT) -> list[Chapter]:
     """List the chapters in reading order, from ``_toc.yml``.
+
+    A part is an entry with its chapters as sections; the entry's own page opens the part and names it.
 
     Raises
     ------
     FileNotFoundError
-        The table of contents names a chapter that doesn't exist.
+        The table of contents names a chapter, or an opening, that doesn't exist.
     ValueError
-        A chapter's metadata ``affnb`` has no title.
+        A chapter's metadata ``affnb`` has no title, or an opening has no heading.
     """
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     chapters = []
     for part in toc.get("parts", []):
-        for file in toc_files(part["chapters"]):
-            if not file.startswith("chapters/"):
+        for opening in part["chapters"]:
+            files = [file for file in toc_files([opening]) if file.startswith("chapters/")]
+            if not files:
                 continue
-            path = (root / file).with_suffix(".ipynb")
-            metadata = json.loads(path.read_text())["metadata"].get("affnb", {})
-            if "title" not in metadata:
-                raise ValueError(f'{path}: expected metadata "affnb" with a title, got {metadata}')
-            folder, method = file.split("/")[1:]
-            chapters.append(Chapter(folder, method, path, part["caption"], metadata))
+            title = first_heading((root / opening["file"]).with_suffix(".md"))
+            for file in files:
+                path = (root / file).with_suffix(".ipynb")
+                metadata = json.loads(path.read_text())["metadata"].get("affnb", {})
+                if "title" not in metadata:
+                    raise ValueError(
+                        f'{path}: expected metadata "affnb" with a title, got {metadata}'
+                    )
+                folder, method = file.split("/")[1:]
+                chapters.append(Chapter(folder, method, path, title, metadata))
     return chapters
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,10 @@ def map_svg(chapters: Sequence[Chapter]) -> str:
     )
 
 
+#: Where the opening of a part wants the list of its chapters.
+CHAPTERS_HERE = "<!-- chapters -->"
+
+
 def chapter_map(chapters: Sequence[Chapter]) -> str:
     """Write the page with the map, as MyST Markdown."""
     titles = {chapter.name: chapter.title for chapter in chapters}
@@ -323,22 +328,45 @@ def chapter_map(chapters: Sequence[Chapter]) -> str:
         "",
     ]
     for part in dict.fromkeys(chapter.part_title for chapter in chapters):
-        lines += [f"**{part}**", ""]
-        for chapter in chapters:
-            if chapter.part_title != part:
-                continue
-            line = f"- [](/chapters/{chapter.name}.ipynb)"
-            if chapter.metadata.get("summary"):
-                line += f": {chapter.metadata['summary']}"
-            if chapter.metadata.get("minutes"):
-                line += f" *{chapter.metadata['minutes']} minutes.*"
-            earlier = chapter.metadata.get("builds_on", [])
-            if earlier:
-                links = ", ".join(f"[{titles[e]}](/chapters/{e}.ipynb)" for e in earlier)
-                line += f" Builds on {links}."
-            lines.append(line)
-        lines.append("")
+        members = [chapter for chapter in chapters if chapter.part_title == part]
+        lines += [f"**[{part}](/book/parts/{members[0].part}.md)**", ""]
+        lines += [*chapter_list(members, titles), ""]
     return "\n".join(lines) + "\n"
+
+
+def chapter_list(members: Sequence[Chapter], titles: Mapping[str, str]) -> list[str]:
+    """Return an item of Markdown for each chapter: link, summary, minutes, what it builds on."""
+    lines = []
+    for chapter in members:
+        line = f"- [](/chapters/{chapter.name}.ipynb)"
+        if chapter.metadata.get("summary"):
+            line += f": {chapter.metadata['summary']}"
+        if chapter.metadata.get("minutes"):
+            line += f" *{chapter.metadata['minutes']} minutes.*"
+        earlier = chapter.metadata.get("builds_on", [])
+        if earlier:
+            links = ", ".join(f"[{titles[e]}](/chapters/{e}.ipynb)" for e in earlier)
+            line += f" Builds on {links}."
+        lines.append(line)
+    return lines
+
+
+def openings(folder: Path, chapters: Sequence[Chapter]) -> None:
+    """Fill the list of chapters into the opening of each part, ``<part>.md`` in ``folder``.
+
+    Raises
+    ------
+    ValueError
+        An opening has no line ``<!-- chapters -->``.
+    """
+    titles = {chapter.name: chapter.title for chapter in chapters}
+    for part in dict.fromkeys(chapter.part for chapter in chapters):
+        page = folder / f"{part}.md"
+        text = page.read_text()
+        if CHAPTERS_HERE not in text:
+            raise ValueError(f"{page}: expected a line '{CHAPTERS_HERE}', got none")
+        members = [chapter for chapter in chapters if chapter.part == part]
+        page.write_text(text.replace(CHAPTERS_HERE, "\n".join(chapter_list(members, titles))))
 
 
 # --- the benchmarks --------------------------------------------------------------------------------
@@ -380,20 +408,145 @@ def _ratio(theirs: float | None, ours: float | None) -> str:
     return f" ({ratio:.0f}×)" if ratio >= 10 else f" ({ratio:.2g}×)"
 
 
+def _least(result: Mapping[str, Any], limits: Mapping[str, float] | None) -> float | None:
+    """Return the seconds that the device needs for what no implementation can do without."""
+    work = result.get("work")
+    if not work or not limits:
+        return None
+    return max(
+        work["bytes"] / limits["copy_bytes_per_s"], work["flops"] / limits["matmul_flops_per_s"]
+    )
+
+
+def _chart(results: Sequence[Mapping[str, Any]], limits: Mapping[str, float] | None) -> str:
+    """Draw time and memory of the implementations of one operation, a row for each size."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    from affnb.plotting import CYCLE, figure_html, style
+
+    sizes = list(dict.fromkeys(_shape(r["shape"]) for r in results))
+    names = list(dict.fromkeys(r["implementation"] for r in results))
+    figures, texts = [], []
+    quantities = [("seconds", "time, s"), ("peak_bytes", "memory, bytes")]
+    for key, label in quantities:
+        known = [r for r in results if r.get(key)]
+        if not known:
+            continue
+        with style():
+            figure = Figure(figsize=(5.2, 1.5 + 0.34 * len(sizes) + 0.22 * len(names)))
+            axes = figure.add_subplot()
+            for name, colour, marker in zip(names, cycle(CYCLE), cycle("osD^vP"), strict=False):
+                own = [r for r in known if r["implementation"] == name]
+                axes.plot(
+                    [r[key] for r in own],
+                    [sizes.index(_shape(r["shape"])) for r in own],
+                    marker,
+                    color=colour,
+                    label=name,
+                    markersize=7,
+                )
+            least = {_shape(r["shape"]): _least(r, limits) for r in results}
+            marks = [(t, sizes.index(size)) for size, t in least.items() if t]
+            if key == "seconds" and marks:
+                axes.plot(
+                    *zip(*marks, strict=True), "|", color=CYCLE[-1], ms=16, mew=2, label="limit"
+                )
+            axes.set(xscale="log", xlabel=label, ylim=(len(sizes) - 0.5, -0.5))
+            axes.set_yticks(range(len(sizes)), sizes)
+            axes.xaxis.set_major_locator(LogLocator(numticks=6))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(axis="x")
+            figure.legend(loc="outside upper left", ncols=2, fontsize="small")
+        figures.append(figure)
+        texts.append(
+            f"{label.split(',')[0].capitalize()} of each implementation, sizes from top to bottom; "
+            "the table below has the numbers."
+        )
+    if not figures:
+        return ""
+    caption = "Further left is better; the axes are logarithmic."
+    return figure_html(figures, alt=texts, caption=caption)
+
+
+#: Where the page on speed wants the rooflines.
+ROOFLINE_HERE = "<!-- roofline -->"
+
+
+def roofline(folder: Path) -> str:
+    """Draw the operations with matrix products under the roof of each device, as HTML.
+
+    Of each implementation the largest size that it was measured at is drawn.
+    """
+    from matplotlib.figure import Figure
+
+    from affnb.plotting import COLOURS, CYCLE, figure_html, style
+
+    pictures = []
+    for file in sorted(folder.glob("*.json")):
+        data = json.loads(file.read_text())
+        limits = data.get("limits")
+        points = [r for r in data["results"] if (r.get("work") or {}).get("flops") and r["seconds"]]
+        if not limits or not points:
+            continue
+        with style():
+            figure = Figure(figsize=(6.4, 4.2))
+            axes = figure.add_subplot()
+            for operation, colour in zip(
+                dict.fromkeys(r["operation"] for r in points), CYCLE, strict=False
+            ):
+                largest = {r["implementation"]: r for r in points if r["operation"] == operation}
+                for name, r in largest.items():
+                    work, ours = r["work"], name == "affnb"
+                    axes.plot(
+                        work["flops"] / work["bytes"],
+                        work["flops"] / r["seconds"],
+                        "o" if ours else "x",
+                        color=colour,
+                        label=operation if ours else None,
+                    )
+            left, right = axes.get_xlim()
+            copy, product = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
+            x = [min(left, product / copy) / 4, product / copy, max(right, product / copy) * 4]
+            y = [min(copy * v, product) for v in x]
+            axes.plot(x, y, color=COLOURS["grey"], label="roof")
+            axes.set(xscale="log", yscale="log", xlabel="flops a byte", ylabel="flops a second")
+            axes.legend(fontsize="small")
+            axes.grid()
+        pictures.append(
+            figure_html(
+                figure,
+                alt=f"Roofline of {data['device']}: flops a second over flops a byte.",
+                caption=f"{html.escape(data['device'])}. Dots are <code>affnb</code>, crosses the "
+                "literal equations, plain PyTorch and the peers, each at the largest size it was "
+                "measured at. Flops and bytes are those that the operation cannot do without.",
+            )
+        )
+    return "\n".join(pictures)
+
+
 def benchmarks(folder: Path) -> str:
     """Write the page of benchmarks from ``<device>.json`` files, as MyST Markdown.
 
-    A file holds ``{"device", "versions", "commit", "results": [{"operation", "implementation",
-    "shape", "pass", "seconds", "peak_bytes"}]}``; a figure that is null was not measured. The
-    implementation that `LITERAL` names is what the others are set against.
+    A file holds ``{"device", "versions", "commit", "limits", "results": [{"operation",
+    "implementation", "shape", "pass", "seconds", "peak_bytes", "work"}]}``; a figure that is null was
+    not measured. The implementation that `LITERAL` names is what the others are set against.
     """
     lines = [
         "# Benchmarks",
         "",
         "Time and peak memory of the package's operations and of their peers, measured side by side in "
-        "one run by `make bench`. The *literal equations* are the chapter's, written down as they stand. "
-        "In brackets: how many times less than they an implementation takes, where they were measured "
-        "at that size; above 1× is better. Memory is what a call allocates beyond its input, at its peak.",
+        "one run by `make bench`, forward and backward together. The *literal equations* are the "
+        "chapter's, written down as they stand; *compiled* is the form before it under `torch.compile`. "
+        "In brackets: how many times less than the literal equations an implementation takes, where they "
+        "were measured at that size; above 1× is better. Memory is what a call allocates beyond its "
+        "input, at its peak.",
+        "",
+        "The *limit* is the least time that the device could take: each input read and each gradient "
+        "written once, at the speed of a plain copy, and the products of matrices that the operation "
+        "cannot do without, at the speed of a large product, whichever is longer. Both speeds were "
+        "measured in the same run. Where no limit is given, something else bounds the operation, such "
+        "as exponentials.",
         "",
     ]
     files = [(json.loads(f.read_text()), f) for f in sorted(folder.glob("*.json"))]
@@ -414,10 +567,17 @@ def benchmarks(folder: Path) -> str:
         ]
     for data, _ in files:
         versions = ", ".join(f"{k} {v}" for k, v in data.get("versions", {}).items())
+        limits = data.get("limits")
+        speeds = ""
+        if limits:
+            speeds = (
+                f" A copy moves {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, a product of matrices "
+                f"does {limits['matmul_flops_per_s'] / 1e9:.3g} Gflop/s."
+            )
         lines += [
             f"## {data['device']}",
             "",
-            f"{versions}. Commit `{data.get('commit', 'unknown')}`.",
+            f"{versions}. Commit `{data.get('commit', 'unknown')}`.{speeds}",
             "",
         ]
         results = data["results"]
@@ -428,7 +588,7 @@ def benchmarks(folder: Path) -> str:
                 for r in of_operation
                 if r["implementation"] == LITERAL
             }
-            lines += [f"### `{operation}`", ""]
+            lines += [f"### `{operation}`", "", _raw(_chart(of_operation, limits))]
             for kind in dict.fromkeys(r["pass"] for r in of_operation):
                 rows = []
                 for r in of_operation:
@@ -439,15 +599,20 @@ def benchmarks(folder: Path) -> str:
                     if own and own is not r:
                         time += _ratio(own.get("seconds"), r.get("seconds"))
                         memory += _ratio(own.get("peak_bytes"), r.get("peak_bytes"))
+                    least = _least(r, limits)
+                    share = f"{least / r['seconds']:.1%}" if least and r.get("seconds") else ""
                     size = f'<span class="affnb-nowrap">{html.escape(_shape(r["shape"]))}</span>'
-                    rows.append([html.escape(r["implementation"]), size, time, memory])
-                head = ["Implementation", "Size", "Time", "Memory"]
+                    rows.append([html.escape(r["implementation"]), size, time, share, memory])
+                head = ["Implementation", "Size", "Time", "Of the limit", "Memory"]
+                if not any(row[3] for row in rows):
+                    head.pop(3)
+                    rows = [row[:3] + row[4:] for row in rows]
                 lines.append(_raw(_table(head, rows, html.escape(kind.replace("+", " and ")))))
     return "\n".join(lines) + "\n"
 
 
 def write_pages(target: Path, root: Path = ROOT) -> list[Claim]:
-    """Write the three pages into the folder ``target``, and return the claims collected.
+    """Write the pages into the folder ``target``, complete the openings there, and return the claims.
 
     Raises
     ------
@@ -460,7 +625,15 @@ def write_pages(target: Path, root: Path = ROOT) -> list[Claim]:
     target.mkdir(parents=True, exist_ok=True)
     (target / "scoreboard.md").write_text(scoreboard(claims, chapters))
     (target / "map.md").write_text(chapter_map(chapters))
-    (target / "benchmarks.md").write_text(benchmarks(root / "benchmarks" / "results"))
+    openings(target / "parts", chapters)
+    results = root / "benchmarks" / "results"
+    (target / "benchmarks.md").write_text(benchmarks(results))
+    fast = target / "making_it_fast.md"
+    drawn = roofline(results)
+    drawn = (
+        _raw(drawn) if drawn else "*Not measured yet: `make bench` measures what is drawn here.*"
+    )
+    fast.write_text(fast.read_text().replace(ROOFLINE_HERE, drawn))
     return claims
 
 
