@@ -1029,6 +1029,13 @@ class DriftReport(NamedTuple):
         one of the two is 0.
     angle
         Mean angle between entry and identity vector when it was enqueued, in degrees.
+
+    Examples
+    --------
+    >>> queue = EmbeddingQueue(2, 2)
+    >>> queue.enqueue(torch.eye(2)[:1], torch.eye(2)[:1], torch.tensor([0]))
+    >>> drift_report(queue, torch.eye(2).flip(0), torch.eye(2)).before  # it turned by a right angle
+    tensor([1.])
     """
 
     age: Tensor
