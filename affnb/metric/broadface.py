@@ -1035,7 +1035,7 @@ class DriftReport(NamedTuple):
     >>> queue = EmbeddingQueue(2, 2)
     >>> queue.enqueue(torch.eye(2)[:1], torch.eye(2)[:1], torch.tensor([0]))
     >>> drift_report(queue, torch.eye(2).flip(0), torch.eye(2)).before  # it turned by a right angle
-    tensor([1.])
+    tensor([1.], dtype=torch.float64)
     """
 
     age: Tensor
