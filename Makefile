@@ -18,7 +18,7 @@ export PYTHONPATH := book
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test nbmake bench lint format clean
+.PHONY: help setup book test nbmake bench chapter lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -43,16 +43,19 @@ nbmake: $(READY)  ## run the chapters as a reader's own CI would
 bench: $(READY)  ## measure ours against the peers, into benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
+chapter: $(READY)  ## begin a chapter: part=metric name=my_method [title="My method"] [paper=bibkey]
+	@$(PY) -m builder.new_chapter --part "$$part" --name "$$name" --title "$$title" --paper "$$paper"
+
 lint: $(READY)  ## ruff, mypy, and the canonical form of the notebooks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m builder.canonical --check $$(git ls-files 'chapters/*.ipynb')
+	$(PY) -m builder.canonical --check $$(git ls-files -co --exclude-standard 'chapters/*.ipynb')
 
 format: $(READY)  ## mend what lint can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m builder.canonical $$(git ls-files 'chapters/*.ipynb')
+	$(PY) -m builder.canonical $$(git ls-files -co --exclude-standard 'chapters/*.ipynb')
 
 clean:  ## delete what was built (not .venv)
 	rm -rf _build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -84,6 +84,10 @@ def _mend_page(html: str) -> str:
     # A name that differs from what is seen misleads whoever speaks it; the text itself is enough.
     for element in soup.select("summary[aria-label], .search-button-field[aria-label]"):
         del element["aria-label"]
+    # In the sidebar only an arrow is seen; what it unfolds is named by the link before it.
+    for summary in soup.select(".bd-sidebar-primary li > details > summary"):
+        part = summary.find_previous("a").get_text(strip=True)
+        summary["aria-label"] = f"Chapters of the part {part}"
     for icon in soup.select(".theme-switch-button .theme-switch"):
         del icon["title"]
     return str(soup)
