@@ -248,15 +248,15 @@ def uniform_quantize(
 
 
 def reshape_clip(w: Tensor, k: float = 2.0) -> Tensor:
-    r"""Clip weights at ``k`` times their mean magnitude, to make their law more uniform (Eqs. 17, 18).
+    r"""Clip weights at ``k`` times their mean magnitude: more uniform values (Eqs. 17, 18).
 
     Parameters
     ----------
     w
         The weights of one layer, any shape, floating point, finite.
     k
-        Default 2 (the paper's): the only value which leaves a uniform law as it is. A Gaussian loses
-        the 11 % beyond 1.6 standard deviations.
+        Default 2 (the paper's): the smallest value which leaves a uniform distribution as it is. A
+        Gaussian is clipped at 1.6 standard deviations, 11 % of it.
 
     Returns
     -------

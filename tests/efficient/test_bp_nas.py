@@ -2,15 +2,23 @@
 
 import itertools
 import math
+import sys
+import types
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from affnb import training
 from affnb.efficient import (
     MixedPrecisionConv2d,
     argmax_feasible_bound,
@@ -838,3 +846,151 @@ def test_the_layer_keeps_one_output_and_a_copy_an_input_width():
     one = 8 * 16 * 16 * 16 * 4
     assert held["auto"] < 8 * one
     assert held["reference"] > 1.5 * held["auto"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter's full profile, on a stand-in for torchvision
+# --------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "num_workers=8": "num_workers=0",
+    "shape = (3, 32, 32)": "shape = (3, 8, 8)",
+    "conv(3, 16, signed=True), [16] * 4 + [32] * 3 + [64] * 3": (
+        "conv(3, 4, signed=True), [4] * 2 + [6] + [8]"
+    ),
+    "for n in (16, *": "for n in (4, *",
+    "MixedPrecisionConv2d(64, 10": "MixedPrecisionConv2d(8, 10",
+    "range(20 if full else 5)": "range(2)",
+}
+
+
+def fake_torchvision(monkeypatch, used):
+    """Install CIFAR-10 with small pictures, and transforms that note their names in ``used``."""
+
+    class CIFAR10(torch.utils.data.Dataset):
+        def __init__(self, root, train, transform, download):
+            assert Path(root).is_dir()
+            self.size, self.transform, self.first = (
+                40 if train else 8,
+                transform,
+                0 if train else 40,
+            )
+
+        def __len__(self):
+            return self.size
+
+        def __getitem__(self, index):
+            random = np.random.default_rng(self.first + index)
+            picture = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            return self.transform(Image.fromarray(picture)), int(random.integers(10))
+
+    def compose(steps):
+        def run(x):
+            for step in steps:
+                x = step(x)
+            return x
+
+        return run
+
+    def normalise(mean, std):
+        middle, scale = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+        return lambda x: (x - middle) / scale
+
+    def noted(name):
+        def make(*arguments):
+            return lambda x: used.append((name, arguments)) or x
+
+        return make
+
+    names = ("RandomCrop", "RandomHorizontalFlip", "RandomErasing")
+    parts = {
+        "torchvision": {},
+        "torchvision.datasets": {"CIFAR10": CIFAR10},
+        "torchvision.transforms": {
+            "Compose": compose,
+            "Normalize": normalise,
+            "ToTensor": lambda: lambda x: torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255,
+            **{name: noted(name) for name in names},
+        },
+    }
+    for name, members in parts.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_full_profile(tmp_path, monkeypatch):
+    """The chapter's cells with ``profile="full"``, made small: they run, and as the text says."""
+    used, verdicts, trainings, train = [], {}, [], training.fit
+    fake_torchvision(monkeypatch, used)
+
+    def fit(step, batches, optimizer, **options):
+        groups, start = optimizer.param_groups, len(used)
+        found = [(g["initial_lr"], g["momentum"], g["weight_decay"]) for g in groups]
+        result = train(step, batches, optimizer, **options)
+        schedule = (type(options["scheduler"]).__name__, options["scheduler"].T_max)
+        trainings.append((type(optimizer).__name__, found, schedule, used[start:]))
+        return result
+
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr("affnb.widgets.explore", lambda *args, **options: None)
+    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
+    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "affnb.claims.record",
+        lambda id, statement, verdict, evidence: verdicts.update({id: verdict}),
+    )
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    plt.switch_backend("Agg")
+    path = Path(__file__).resolve().parents[2] / "chapters" / "efficient" / "bp_nas.ipynb"
+    names = {"budgets": (3.0, 3.5, 4.0), "settle_rule": lambda *args: None}  # of the skipped cells
+    names["__name__"], heading, unused = "chapter", None, set(SMALL)
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            found = [line for line in cell.source.splitlines() if line.startswith(("## ", "### "))]
+            heading = found[-1] if found else heading
+        tags = cell.metadata.get("tags", [])
+        wanted = ("## The failure", "## Play", "### Real data", "## What the paper reports")
+        if cell.cell_type != "code" or "setup" in tags:
+            continue
+        if heading is not None and not heading.startswith(wanted):
+            continue
+        source = cell.source
+        if source.startswith("CANDIDATES ="):  # the network at its true size
+            exec(compile(source, "network", "exec"), names)
+            network, sizes = names["new_net"](), names["macs"]
+        for old, new in SMALL.items():
+            if old in source:
+                source, unused = source.replace(old, new), unused - {old}
+        exec(compile(source, str(heading), "exec"), names)
+        if source.startswith("if full:\n    sizes"):  # 160 epochs in batches of 512
+            steps = {"pretrain": 15680, "search": 9440, "retrain": 15680}
+            assert names["sizes"] == {**steps, "batch": 512, "together": 1}
+            names["sizes"].update(pretrain=1, search=2, retrain=1, batch=4, together=8)
+        if "parameters" in tags:
+            names |= {"profile": "full", "device": "cpu", "data_root": str(tmp_path)}
+    assert not unused, f"not in the chapter any more: {sorted(unused)}"
+
+    # ResNet-20 by hand: a stem, three groups of six convolutions, a linear layer; 11 choices.
+    later = [16 * 32 + 5 * 32 * 32, 32 * 64 + 5 * 64 * 64]
+    by_hand = 9 * (1024 * (3 * 16 + 6 * 16 * 16) + 256 * later[0] + 64 * later[1]) + 640
+    assert len(sizes) == len(network.blocks) == 11
+    assert int(sizes.sum()) == by_hand
+    assert len(names["layers_of"](network)) == 20
+
+    assert verdicts["efficient/bp_nas:bit-operations"] == "equal"
+    assert len(verdicts) == 7
+    assert "efficient/bp_nas:against-uniform-between" not in verdicts  # 2.75 bits: not in the paper
+    for name, groups, schedule, _ in trainings:  # 0.002 and no decay: the clipping levels
+        assert name == "SGD"
+        assert schedule in [("CosineAnnealingLR", 1), ("CosineAnnealingLR", 2)]
+        assert groups == [(0.2, 0.9, 5e-4), (0.002, 0.9, 0)]
+    square = ("RandomErasing", (1.0, (0.25, 0.25), (1.0, 1.0)))
+    erased = [square in seen for *_, seen in trainings]
+    last = -(-len(names["trained"]) // 8)  # trainings of eight models: cutout in these alone
+    assert erased == [False] * (len(erased) - last) + [True] * last
+    assert all(("RandomCrop", (32, 4)) in seen for *_, seen in trainings)
+    for (arm, setting, _), run in names["found"].items():
+        if arm in ("barrier and Prob-1", "without Prob-1"):
+            assert max(run["costs"]) < setting
+            assert run["B"] <= setting
