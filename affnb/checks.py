@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "check_at_least",
     "check_bool",
+    "check_differentiated_once",
     "check_finite",
     "check_floating",
     "check_integer",
@@ -267,3 +268,33 @@ def check_positive(value: Any, name: str) -> None:
     number = _check_real(value, name)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def check_differentiated_once(function: str) -> None:
+    """Raise if this backward pass is recorded, in order to be differentiated itself.
+
+    For the backward of a custom function that returns what was made without a record: to autograd that
+    is a constant, so a second derivative (a gradient penalty, say) would silently lack its share.
+    PyTorch's ``once_differentiable`` notices this only where the incoming gradient has a history.
+
+    Parameters
+    ----------
+    function
+        Name of the operation, for the message.
+
+    Raises
+    ------
+    RuntimeError
+        Under ``create_graph=True``.
+
+    Examples
+    --------
+    >>> with torch.no_grad():  # as in an ordinary backward pass
+    ...     check_differentiated_once("f")
+    """
+    # While a compiler traces, this mode is its own.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{function}: expected to be differentiated once, got create_graph=True; "
+            'backend="reference" can be differentiated twice'
+        )

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from affnb import kernels
 from affnb.checks import (
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_integer,
@@ -580,8 +580,8 @@ class _Sums(torch.autograd.Function):
         return totals[0].to(work), counts
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("affinity field terms")
         logits, labels = ctx.saved_tensors
         field, scale = ctx.field, grads[0]
         result = torch.zeros_like(logits)
@@ -627,8 +627,8 @@ class _SumsByKernel(torch.autograd.Function):
         return totals[:2].float(), counts
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("affinity field terms")
         from affnb.kernels.affinity_fields import slopes
 
         logits, labels = ctx.saved_tensors

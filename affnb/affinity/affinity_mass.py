@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from affnb import kernels
 from affnb.checks import (
     check_at_least,
     check_bool,
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_labels,
@@ -1076,8 +1076,8 @@ class _BatchValue(torch.autograd.Function):
         return features.new_tensor(value), counts
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("batch_affinity_loss")
         (gradient,) = ctx.saved_tensors
         return grads[0] * gradient, None, None, None, None
 
@@ -1128,8 +1128,8 @@ class _BatchValueOnGpu(torch.autograd.Function):
         return logs[0] - logs[1], True
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("batch_affinity_loss")
         if not ctx.counts:
             return grads[0].new_zeros(ctx.shape), None, None, None
         from affnb.kernels.batch_affinity_mass import pull

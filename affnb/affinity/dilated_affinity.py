@@ -21,13 +21,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from affnb import kernels
 from affnb.affinity.affinity_fields import _span
 from affnb.checks import (
     check_at_least,
     check_bool,
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_integer,
@@ -379,8 +379,8 @@ class _WeightedFocal(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("DilatedAffinityLoss")
         logits, target, valid, table = ctx.saved_tensors
         gamma: float = ctx.gamma
         grad = torch.empty_like(logits)
@@ -843,8 +843,8 @@ class _Propagate(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("propagate_affinity")
         prob, affinity = ctx.saved_tensors
         steps, lam, iterations, anchored = ctx.options
         grad_p = torch.empty_like(prob)

@@ -33,6 +33,7 @@ from torch.utils.data import Sampler
 from affnb import kernels
 from affnb.checks import (
     check_bool,
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_labels,
@@ -163,14 +164,6 @@ def _sweep(
     return values, gradient
 
 
-def _refuse_to_record() -> None:
-    # The gradient is a constant made in the forward pass: a second derivative would silently be 0.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "backend: expected 'reference' for create_graph=True (differentiating twice), got 'auto'"
-        )
-
-
 def _by_count(count: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """Queries (as indices, at most ``size`` at a time) that have equally many relevant items."""
     ordered, index = count.sort(stable=True)
@@ -199,7 +192,7 @@ class _SmoothRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _refuse_to_record()
+        check_differentiated_once("smooth_average_precision")
         (gradient,) = ctx.saved_tensors
         return grads[0][:, None] * gradient, None, None
 
@@ -523,7 +516,7 @@ class _RetrievalValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_to_record()
+        check_differentiated_once("smooth_ap_loss")
         for_queries, for_gallery = ctx.saved_tensors
         return grads[0] * for_queries, None, grads[0] * for_gallery, None, None, None, None
 

@@ -196,7 +196,7 @@ def test_a_second_derivative_is_refused_and_not_silently_zero():
     loss = smooth_ap_loss(x, labels, temperature=0.2)
     rows_of_scores = smooth_average_precision(x @ x.T, labels[:, None] == labels)
     for value in (loss, rows_of_scores.sum()):
-        with pytest.raises(RuntimeError, match=r"^backend: expected 'reference'"):
+        with pytest.raises(RuntimeError, match="differentiated once"):
             torch.autograd.grad(value, x, create_graph=True)
     literal = smooth_ap_loss(x, labels, temperature=0.2, backend="reference")
     (grad,) = torch.autograd.grad(literal, x, create_graph=True)
