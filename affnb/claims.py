@@ -100,7 +100,7 @@ def record(id: str, statement: str, verdict: str, evidence: Mapping[str, Any]) -
     id
         ``"<part>/<method>:<slug>"``, unique in the book, e.g. ``"affinity/affinity_mass:gradient"``.
     statement
-        The claim, in one sentence (Markdown, with ``$...$`` for mathematics).
+        The claim, in one sentence (Markdown, with mathematics between dollar signs).
     verdict
         One of `VERDICTS`.
     evidence

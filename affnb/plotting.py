@@ -31,7 +31,7 @@ __all__ = [
     "use_style",
 ]
 
-#: One colour-blind-safe palette (after Okabe and Ito). Each has a contrast of at least 3:1 on white and
+#: One colour-blind-safe palette (after Okabe and Ito). Each has a contrast of at least 3 to 1 on white and
 #: on the site's dark background, so lines and markers need no second set for dark mode.
 COLOURS: dict[str, str] = {
     "blue": "#0072B2",

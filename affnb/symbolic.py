@@ -224,7 +224,7 @@ def prove(
     Parameters
     ----------
     statement
-        The proposition in words (Markdown with ``$...$``).
+        The proposition in words (Markdown, with mathematics between dollar signs).
     *identities
         ``(left, right)`` pairs (scalars or matrices), or SymPy relations. Equalities are proved by
         reducing the difference to 0; inequalities must follow from the symbols' assumptions.

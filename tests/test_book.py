@@ -11,7 +11,7 @@ from urllib.parse import unquote, urljoin
 
 import pytest
 import yaml
-from builder import assets, build, chapters
+from builder import assets, build, chapters, reference
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
 WAYS = {"desktop": (DESKTOP, "light"), "phone": (PHONE, "light"), "dark": (DESKTOP, "dark")}
@@ -20,7 +20,7 @@ LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 
 def pages():
     """List the pages of the table of contents, and the search page."""
-    toc = yaml.safe_load((chapters.ROOT / "_toc.yml").read_text())
+    toc = reference.contents(chapters.list_chapters())
     files = [toc["root"]]
     for part in toc["parts"]:
         files += chapters.toc_files(part["chapters"])

@@ -1,11 +1,13 @@
 """The tools that make the book, on a small project of their own."""
 
 import json
+import re
+from importlib import import_module
 
 import nbformat
 import pytest
 import yaml
-from builder import assets, build, chapters, pages
+from builder import assets, build, chapters, pages, reference
 from builder.pages import Claim
 
 SETUP = 'import os\n\nREPOSITORY = ""  # where from\n'
@@ -307,7 +309,71 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
     assert page.count("<svg") == 2
     assert "not measured" in page
     (tmp_path / "gpu.json").write_text(json.dumps(data | {"device": "NVIDIA H100"}))
-    assert "Owed" not in pages.benchmarks(tmp_path)
+    page = pages.benchmarks(tmp_path)
+    assert "Owed" not in page
+    assert len(re.findall(r"^\(bench-\w+\)=$", page, re.M)) == 1, "one label, on two devices"
+
+
+# --- the reference ---------------------------------------------------------------------------------
+
+BOOK = chapters.list_chapters()
+
+
+@pytest.mark.parametrize("part", sorted({chapter.part for chapter in BOOK}))
+def test_each_public_name_has_one_entry_with_its_chapter(part):
+    page = reference.part_page(part, BOOK)
+    entries = re.findall(
+        rf"^\.\. auto\w+:: affnb\.{part}\.(\w+)\n(?:   :.*\n)*\n   Chapter: :doc:`/chapters/(\S+)`\.",
+        page,
+        re.M,
+    )
+    assert page.count(":: affnb.") == len(entries) + 1, "the first is the part's own"
+    assert sorted(name for name, _ in entries) == sorted(import_module(f"affnb.{part}").__all__)
+    for name, chapter in entries:
+        assert name in import_module(f"affnb.{chapter.replace('/', '.')}").__all__
+    linked = set(re.findall(r"<bench-(\w+)>", page))
+    names = {name for name, _ in entries} | {c.method for c in BOOK if c.part == part}
+    assert linked == names & reference.measured()
+
+
+def test_each_page_of_the_reference_is_in_the_contents_once(tmp_path):
+    reference.write_reference(tmp_path, BOOK)
+    toc = yaml.safe_load((tmp_path / "_toc.yml").read_text())
+    listed = [f for part in toc["parts"] for f in chapters.toc_files(part["chapters"])]
+    written = {
+        str(f.relative_to(tmp_path).with_suffix("")) for f in tmp_path.glob("book/package/*.rst")
+    }
+    assert sorted(f for f in listed if f.startswith(reference.FOLDER)) == sorted(written)
+    assert {"book/package/index", "book/package/claims", "book/package/data"} <= written
+    assert [c for c in listed if c.startswith("chapters/")] == [f"chapters/{c.name}" for c in BOOK]
+    overview = (tmp_path / "book/package/index.rst").read_text()
+    for file in tmp_path.glob("book/package/*.rst"):
+        for name in re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", file.read_text(), re.M):
+            assert overview.count(f"`~{name}`") == 1
+
+
+def test_a_public_name_without_a_chapter_is_refused(monkeypatch):
+    monkeypatch.setattr(reference, "operations_of", lambda chapter: [])
+    with pytest.raises(ValueError, match=r"affnb\.\w+: expected each public name"):
+        reference.part_page(BOOK[0].part, BOOK)
+
+
+def test_entries_know_classes_their_methods_and_data():
+    found = {entry.name: entry for entry in reference.public("affnb.metric")}
+    assert found["SmoothAPLoss"].kind == "class"
+    assert "forward" in found["SmoothAPLoss"].methods
+    assert found["smooth_ap_loss"].kind == "function"
+    kinds = {entry.name: entry.kind for entry in reference.public("affnb.claims")}
+    assert kinds["VERDICTS"] == "data"
+
+
+@pytest.mark.parametrize("chapter", BOOK, ids=lambda chapter: chapter.name)
+def test_a_chapter_ends_with_its_operations_and_its_paper(chapter):
+    closing = reference.closing(chapter)
+    operations = reference.operations_of(chapter)
+    assert operations
+    assert all(f"`~affnb.{chapter.part}.{entry.name}`" in closing for entry in operations)
+    assert re.search(rf"{{cite:t}}`{chapter.metadata['paper']}`, \*[^*{{}}]+\*\.", closing)
 
 
 # --- the address -----------------------------------------------------------------------------------

@@ -326,16 +326,16 @@ def affinity_mass_loss(
 
     With :math:`\mathcal M` from :func:`affinity_mass` and :math:`x = 1 - \mathcal M`:
 
-    ============== ======================================================================
-    ``form``       loss
-    ============== ======================================================================
-    ``"focal"``    :math:`-x^\gamma \log \mathcal M` (Eq. 7, the paper's choice)
-    ``"log"``      :math:`-\log \mathcal M`
-    ``"l2"``       :math:`x^2` (Eq. 5)
+    =============== ======================================================================
+    ``form``        loss
+    =============== ======================================================================
+    ``"focal"``     :math:`-x^\gamma \log \mathcal M` (Eq. 7, the paper's choice)
+    ``"log"``       :math:`-\log \mathcal M`
+    ``"l2"``        :math:`x^2` (Eq. 5)
     ``"smooth_l1"`` :math:`x^2` if :math:`x < 1/2`, else :math:`x - 1/4` (Eq. 6)
-    ``"bce"``      :math:`-\sum_{ij} T_{ij} \log p_{ij} + (1 - T_{ij}) \log (1 - p_{ij})`,
-                   :math:`p = \sigma(\omega)` entry by entry: no mass, no competition (supplement)
-    ============== ======================================================================
+    ``"bce"``       :math:`-\sum_{ij} T_{ij} \log p_{ij} + (1 - T_{ij}) \log (1 - p_{ij})`,
+                    :math:`p = \sigma(\omega)` entry by entry: no mass, no competition (supplement)
+    =============== ======================================================================
 
     Parameters
     ----------

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
 #: Pages that the build writes: there is no source file of theirs to edit.
-GENERATED = {"book/map", "book/scoreboard", "book/benchmarks"}
+GENERATED = ("book/map", "book/scoreboard", "book/benchmarks", "book/package/")
 
 
 def mend_buttons(
@@ -33,7 +37,7 @@ def mend_buttons(
         kept = []
         for button in group["buttons"]:
             label = button.get("label", "")
-            if pagename in GENERATED and label in {
+            if pagename.startswith(GENERATED) and label in {
                 "source-edit-button",
                 "download-source-button",
             }:
@@ -46,6 +50,18 @@ def mend_buttons(
         if kept:
             groups.append(group | {"buttons": kept})
     context["header_buttons"] = groups
+
+
+def know_types(app: Sphinx, thing: Any, bound_method: bool) -> None:
+    """Let autodoc read the hints of a module that imports some of their types for type checkers only."""
+    name = getattr(thing, "__module__", None) or ""
+    if not name.startswith("affnb."):
+        return
+    module = sys.modules[name]
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            with suppress(ImportError):
+                exec(ast.unparse(node.body), vars(module))
 
 
 def expect_mathematics(app: Sphinx, env: Any) -> None:
@@ -84,10 +100,15 @@ def _mend_page(html: str) -> str:
     # A name that differs from what is seen misleads whoever speaks it; the text itself is enough.
     for element in soup.select("summary[aria-label], .search-button-field[aria-label]"):
         del element["aria-label"]
-    # In the sidebar only an arrow is seen; what it unfolds is named by the link before it.
-    for summary in soup.select(".bd-sidebar-primary li > details > summary"):
-        part = summary.find_previous("a").get_text(strip=True)
-        summary["aria-label"] = f"Chapters of the part {part}"
+    # The arrows of the contents show an icon only.
+    for summary in soup.select("nav li > details > summary"):
+        above = summary.find_parent("li").find("a")
+        summary["aria-label"] = f"Pages below {above.get_text(strip=True)}"
+    # A long signature is written as a list of definitions without terms.
+    for arguments in soup.select("dt.sig > dl"):
+        arguments.name, arguments["class"] = "div", "affnb-arguments"
+        for argument in arguments.find_all("dd"):
+            argument.name = "div"
     for icon in soup.select(".theme-switch-button .theme-switch"):
         del icon["title"]
     return str(soup)
@@ -108,6 +129,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("comments_config", {}, "html")
     # After the theme has made its buttons (priority 501).
     app.connect("html-page-context", mend_buttons, priority=900)
+    app.connect("autodoc-before-process-signature", know_types)
     app.connect("env-updated", expect_mathematics)
     app.connect("build-finished", write_mended)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

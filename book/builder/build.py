@@ -22,6 +22,7 @@ from .assets import assets
 from .canonical import canonical
 from .chapters import ROOT, ChapterError, execute_all, executed, list_chapters
 from .pages import LEDGER, MIME, LedgerError, read_ledger, unlisted, write_pages
+from .reference import closing, write_reference
 
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -142,19 +143,23 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
         if "gitlab" not in url and "bitbucket" not in url:
             options["repository_provider"] = "github"
     (target / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    shutil.copy(root / "_toc.yml", target)
     shutil.copytree(
         root / "book",
         target / "book",
         ignore=shutil.ignore_patterns("builder", "__pycache__", "scoreboard.json"),
     )
     claims = write_pages(target / "book", root)
+    chapters = list_chapters(root)
+    write_reference(target, chapters, root)
     vendor = target / "book" / "_static" / "vendor"
     shutil.copytree(assets(root / "_build" / "assets"), vendor, ignore=lambda *_: {"tests"})
-    for chapter in list_chapters(root):
+    for chapter in chapters:
         page = target / "chapters" / f"{chapter.name}.ipynb"
         page.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(for_page(nbformat.read(executed(chapter, root), as_version=4)), page)
+        notebook = for_page(nbformat.read(executed(chapter, root), as_version=4))
+        last = nbformat.v4.new_markdown_cell(closing(chapter, root), id="in-the-package")
+        notebook["cells"].append(last)
+        nbformat.write(notebook, page)
         # What the site offers for download: the source, light, and knowing where it came from.
         download = target / "downloads" / f"{chapter.name}.ipynb"
         download.parent.mkdir(parents=True, exist_ok=True)
@@ -197,13 +202,14 @@ def with_widget(page: Path, chapters: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of a folder's files, and of what turns them into a site."""
+    """Return a hash of a folder's files, and of what turns them into a site (docstrings among it)."""
     digest = hashlib.sha256()
     pins = ROOT / "constraints.txt"
-    here = sorted(Path(__file__).parent.glob("*.py")) + ([pins] if pins.exists() else [])
+    here = [*(ROOT / "book" / "builder").glob("*.py"), *(ROOT / "affnb").rglob("*.py")]
+    here = sorted(here) + ([pins] if pins.exists() else [])
     for file in [*sorted(f for f in folder.rglob("*") if f.is_file()), *here]:
         if "__pycache__" not in file.parts:
-            name = file.relative_to(folder) if file.is_relative_to(folder) else file.name
+            name = file.relative_to(folder if file.is_relative_to(folder) else ROOT)
             digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

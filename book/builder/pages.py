@@ -565,6 +565,7 @@ def benchmarks(folder: Path) -> str:
             ":::",
             "",
         ]
+    labelled: set[str] = set()
     for data, _ in files:
         versions = ", ".join(f"{k} {v}" for k, v in data.get("versions", {}).items())
         limits = data.get("limits")
@@ -588,6 +589,9 @@ def benchmarks(folder: Path) -> str:
                 for r in of_operation
                 if r["implementation"] == LITERAL
             }
+            if operation not in labelled:  # the package's reference links here
+                lines.append(f"(bench-{operation})=")
+                labelled.add(operation)
             lines += [f"### `{operation}`", "", _raw(_chart(of_operation, limits))]
             for kind in dict.fromkeys(r["pass"] for r in of_operation):
                 rows = []
