@@ -9,7 +9,7 @@ from torch import Tensor
 from affnb.metric import patch_nce_loss
 from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
-OURS, LITERAL = "affnb", "literal equation"
+OURS, LITERAL = "affnb", "literal equations"
 PYTORCH, PUBLISHED = "PyTorch (cross-entropy)", "published layout"
 
 
