@@ -839,7 +839,14 @@ def test_full_profile_runs_on_a_stand_in(monkeypatch, tmp_path):
         "num_workers=8": "num_workers=0",
         "range(3 if full": "range(2 if full",
     }
-    run = ("import itertools", "SIDE =", "class Blur", "def stripe", "if full:\n    held", "def strip(")
+    run = (
+        "import itertools",
+        "SIDE =",
+        "class Blur",
+        "def stripe",
+        "if full:\n    held",
+        "def strip(",
+    )
     run += ("class PatchNCETerm", "seeds = [first_seed", "figures, texts =")
     names = {"profile": "full", "device": "cpu", "data_root": str(tmp_path), "seed": 0}
     chapter = Path(__file__).parents[2] / "chapters" / "metric" / "patch_nce.ipynb"
