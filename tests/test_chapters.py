@@ -80,7 +80,8 @@ def test_has_the_sections_in_order(chapter):
     assert text.count("{exercise-start}") + text.count("{exercise}") == 3
     assert text.count("{solution-start}") == 3, "solutions run, so they are cells between marks"
     assert re.search(r"\{cite[:}]", text), "the paper is cited"
-    assert chapter.metadata["minutes"] in range(15, 31)
+    # Half an hour for the argument; more where a reader who follows every proof needs it.
+    assert chapter.metadata["minutes"] in range(15, 61)
 
 
 @each_chapter
