@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from affnb.checks import (
     check_at_least,
     check_bool,
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_labels,
@@ -329,8 +330,8 @@ class _MarginCrossEntropy(torch.autograd.Function):
         return total.to(embeddings.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("margin_cross_entropy")
         e_grad, w_grad = (None if g is None else grads[0] * g for g in ctx.saved_tensors)
         return e_grad, w_grad, None, None, None, None
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from affnb import kernels
 from affnb.checks import (
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_integer,
@@ -193,13 +194,7 @@ class _SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # What was made in the forward pass is a constant to autograd, so a second derivative would be
-        # silently wrong. While a compiler traces, this mode is its own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "patch_nce_loss: expected to be differentiated once, got create_graph=True; "
-                'backend="reference" can be differentiated twice'
-            )
+        check_differentiated_once("patch_nce_loss")
         return *(None if g is None else grad * g for g in ctx.saved_tensors), None, None, None
 
 

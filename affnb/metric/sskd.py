@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from affnb.checks import (
     check_at_least,
     check_bool,
+    check_differentiated_once,
     check_finite,
     check_floating,
     check_integer,
@@ -591,13 +592,7 @@ class _SumOfCrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # What was made in the forward pass is a constant to autograd, so a second derivative would be
-        # silently wrong. While a compiler traces, this mode is its own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "expected a loss that is differentiated once, got create_graph=True; "
-                'backend="reference" can be differentiated twice'
-            )
+        check_differentiated_once("this loss")
         needed = ctx.needs_input_grad
         both = (
             grad * g if g is not None and n else None
