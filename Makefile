@@ -18,7 +18,7 @@ export PYTHONPATH := book
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test nbmake bench chapter lint format clean
+.PHONY: help setup book pdf test nbmake bench chapter lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 book: $(READY)  ## run every chapter that changed and build the site into _build/html
 	$(PY) -m builder.build
+
+pdf: $(READY)  ## print the built site into _build/affinity-notebook.pdf (needs Chromium)
+	$(PY) -m builder.pdf
 
 test: $(READY)  ## run the whole suite: package, chapters, and the built site in a browser
 	$(PY) -m pytest --device $(DEVICE) --profile $(PROFILE) $(PYTEST_ARGS)

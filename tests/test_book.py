@@ -3,15 +3,16 @@
 import functools
 import http.server
 import os
-import shutil
 import threading
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urljoin
 
 import pytest
 import yaml
-from builder import assets, build, chapters, reference
+from builder import assets, build, chapters, pdf, reference
+from pypdf import PdfReader
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
 WAYS = {"desktop": (DESKTOP, "light"), "phone": (PHONE, "light"), "dark": (DESKTOP, "dark")}
@@ -25,13 +26,6 @@ def pages():
     for part in toc["parts"]:
         files += chapters.toc_files(part["chapters"])
     return [f"{file}.html" for file in files] + ["search.html"]
-
-
-def find_chromium():
-    """Return the path of a Chromium, from CHROMIUM or the usual names; None when there is none."""
-    wanted = os.environ.get("CHROMIUM")
-    names = [wanted] if wanted else ["chromium", "chromium-browser", "google-chrome", "chrome"]
-    return next((path for path in map(shutil.which, names) if path), None)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -60,7 +54,7 @@ def browser():
         from playwright.sync_api import sync_playwright
     except ImportError:
         missing.append("the Python package playwright")
-    chromium = find_chromium()
+    chromium = pdf.find_chromium()
     if chromium is None:
         missing.append("Chromium (on the path, or named by the variable CHROMIUM)")
     if missing:
@@ -69,18 +63,7 @@ def browser():
             pytest.fail(message)
         pytest.skip(message)
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=chromium,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--no-first-run",
-                "--disable-quic",
-            ],
-        )
+        started = pdf.launch(playwright, chromium)
         yield started
         started.close()
 
@@ -366,3 +349,66 @@ def test_a_chapter_can_be_launched_and_edited(visit, path):
     elif build.is_neutral(url):
         assert colab.endswith("book/running.html#colab")
         assert edit.endswith("book/running.html#repository")
+
+
+# --- without JavaScript, and on paper ----------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_page(browser):
+    """Return a page of a browser whose JavaScript is off."""
+    context = browser.new_context(java_script_enabled=False)
+    yield context.new_page()
+    context.close()
+
+
+@each_chapter
+def test_a_chapter_reads_without_javascript(plain_page, site, path):
+    page = plain_page
+    page.goto(f"{site}/{path}")
+    article = page.locator("article")
+    text = article.inner_text()
+    formulas = article.locator(".math")
+    assert formulas.count() > 10
+    assert article.locator("math").count() >= formulas.count()
+    assert formulas.locator("math").first.bounding_box()["height"] > 5
+    assert article.locator("merror").count() == 0
+    assert article.locator(".affnb-tex").first.is_hidden()
+    assert "\\(" not in text
+    assert "\\[" not in text
+    assert article.locator("[type*=widget-view]").count() == article.locator(".affnb-still").count()
+    still = article.locator(".affnb-still").first
+    assert still.is_visible()
+    assert "The sliders need JavaScript" in still.inner_text()
+    assert article.locator("summary").first.is_visible()
+    # Solutions, which a script folds, are open.
+    assert article.locator(".solution p").last.is_visible()
+
+
+def test_the_pdf_has_an_outline_and_links_and_no_buttons(browser, site, tmp_path):
+    chapter = chapters.list_chapters()[0]
+    opening = f"book/parts/{chapter.part}.html"
+    out = tmp_path / "book.pdf"
+    wanted = [page for page in pdf.contents() if page[0] in (opening, chapter.page)]
+    pdf.print_book(browser, build.ROOT / "_build" / "html", out, wanted, "https://book.invalid/b")
+    reader = PdfReader(out)
+    part, (title, sections, *_) = reader.outline[0], reader.outline[1][-2:]
+    assert part.title.endswith(chapter.part_title)
+    assert title.title.endswith(chapter.title)
+    assert "Exercises" in [section.title for section in sections]
+    start = reader.get_destination_page_number(title)
+    text = [unicodedata.normalize("NFKC", page.extract_text()) for page in reader.pages]
+    assert [t.split()[0] for t in text] == [str(n + 1) for n in range(len(text))], "page numbers"
+    assert chapter.title in text[start]
+    book = "\n".join(text)
+    assert f"Move it at https://book.invalid/b/{chapter.page}" in " ".join(book.split())
+    assert "Solution to" in book
+    assert "Show code cell source" not in book
+    assert "REPOSITORY" not in book, "the set-up cell"
+    assert "\\(" not in book
+    # The opening's link to the chapter leads to its page.
+    links = [a.get_object() for page in reader.pages[:start] for a in page.get("/Annots", [])]
+    first = reader.pages[start].indirect_reference
+    assert first in [link["/Dest"][0] for link in links if "/Dest" in link]
+    addresses = [str(link.get("/A", {}).get("/URI", "")) for link in links]
+    assert not [address for address in addresses if address.startswith(pdf.HOST)]

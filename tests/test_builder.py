@@ -7,7 +7,8 @@ from importlib import import_module
 import nbformat
 import pytest
 import yaml
-from builder import assets, build, chapters, pages, reference
+from bs4 import BeautifulSoup
+from builder import assets, build, chapters, pages, pdf, plain, reference
 from builder.pages import Claim
 
 SETUP = 'import os\n\nREPOSITORY = ""  # where from\n'
@@ -477,3 +478,87 @@ def test_a_failing_npm_is_reported_and_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="no such luck"):
         assets.assets(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# --- without JavaScript, and on paper ----------------------------------------------------------------
+
+PAGE = r"""<html><head><script src="mathjax.js"></script><script src="other.js"></script></head><body>
+<nav>Contents</nav><article><section id="a"><h1>A <b>title</b><a class="headerlink">#</a></h1>
+<p>Let <span class="math">\(x < \mathbb R\)</span>, 5 $ or 6 $.</p>
+<p class="affnb-caption">$\mathcal L$ and <code>$y$</code></p>
+<div class="cell"><details><summary>Show</summary><div class="cell_input">setup()</div></details></div>
+<div class="solution"><details><summary>Show</summary><div class="cell_input">solve()</div></details></div>
+<script type="application/vnd.jupyter.widget-state+json">%s</script>
+<script type="application/vnd.jupyter.widget-view+json">{"model_id": "box"}</script>
+</section></article></body></html>"""
+
+
+def widget_page():
+    def model(name, **state):
+        return {"model_name": name, "state": state}
+
+    state = {
+        "box": model("VBoxModel", children=["IPY_MODEL_slider", "IPY_MODEL_stack"]),
+        "slider": model(
+            "SelectionSliderModel", description="n <", _options_labels=["1", "2"], index=1
+        ),
+        "stack": model("StackModel", children=["IPY_MODEL_one", "IPY_MODEL_two"], selected_index=1),
+        "one": model("HTMLModel", value="<p>first</p>"),
+        "two": model("HTMLModel", value="<p>second, $z$</p>"),
+    }
+    soup = BeautifulSoup(PAGE % json.dumps({"state": state}), "html.parser")
+    plain.add_plain(soup)
+    return soup
+
+
+def test_formulas_become_mathml():
+    inline, display = plain.mathml([(r"x < \mathbb R", False), (r"\mathcal L + \mathbf b", True)])
+    assert "<mo>&lt;</mo>" in inline
+    assert "ℝ" in inline
+    assert 'display="block"' in display
+    assert "ℒ" in display
+    assert "𝐛" in display
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        plain.mathml([(r"\frac{", False)])
+
+
+def test_a_page_says_everything_without_javascript():
+    soup = widget_page()
+    still = soup.select_one("noscript .affnb-still")
+    assert "n <: 2" in still.get_text()
+    assert "second" in still.get_text()
+    assert "first" not in still.get_text()
+    assert len(still.select("math")) == 1
+    assert soup.select_one(".math > .affnb-tex").get_text() == r"\(x < \mathbb R\)"
+    assert len(soup.select(".math > noscript > math")) == 1
+    assert len(soup.select(".affnb-caption > noscript > math")) == 1
+    assert "5 $ or 6 $" in soup.get_text(), "money is no formula"
+    assert soup.select_one("code").get_text() == "$y$"
+
+
+def test_paper_has_the_text_and_no_scripts():
+    page = str(widget_page())
+    soup = pdf.for_paper(page, "one/a.html", "https://book.invalid", before=7)
+    text = " ".join(soup.body.get_text().split())
+    assert "Contents" not in text
+    assert "setup()" not in text
+    assert "solve()" in text
+    assert soup.select_one("details").has_attr("open")
+    assert "Move it at https://book.invalid/one/a.html." in text
+    assert "counter-reset: page 7" in str(soup.head)
+    assert [script["src"] for script in soup.select("script")] == ["mathjax.js"]
+    assert pdf.titles(soup) == [("a", "A title")]
+    assert "in the book's web version" in pdf.for_paper(page, "one/a.html").get_text()
+
+
+def test_the_pdf_follows_the_contents(project):
+    (project / "_toc.yml").write_text(
+        "root: first\nparts:\n- chapters:\n  - file: part\n    sections: [{file: one}]\n"
+    )
+    assert pdf.contents(project) == [("first.html", 0), ("part.html", 0), ("one.html", 1)]
+
+
+def test_no_chromium_is_explained(monkeypatch, capsys):
+    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
+    assert pdf.main() == 1
+    assert "CHROMIUM" in capsys.readouterr().err

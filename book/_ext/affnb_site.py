@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bs4 import BeautifulSoup
+from builder.plain import add_plain
 from sphinx.application import Sphinx
 
 #: Pages that the build writes: there is no source file of theirs to edit.
@@ -111,6 +112,7 @@ def _mend_page(html: str) -> str:
             argument.name = "div"
     for icon in soup.select(".theme-switch-button .theme-switch"):
         del icon["title"]
+    add_plain(soup)
     return str(soup)
 
 

@@ -22,18 +22,34 @@ ROOT = HERE.parents[1]
 # What is taken from the packages (glob patterns below node_modules), and where it goes.
 # Of MathJax: the component that reads TeX and MathML, its fonts, what it loads on demand (TeX extensions,
 # and the accessibility tools of its menu, in English).
-TAKEN = {
-    "mathjax/es5/tex-mml-chtml.js": "mathjax",
-    "mathjax/es5/output/chtml/fonts/woff-v2/*": "mathjax/output/chtml/fonts/woff-v2",
-    "mathjax/es5/input/tex/extensions/*": "mathjax/input/tex/extensions",
-    "mathjax/es5/a11y/*": "mathjax/a11y",
-    "mathjax/es5/sre/mathmaps/base.json": "mathjax/sre/mathmaps",
-    "mathjax/es5/sre/mathmaps/en.json": "mathjax/sre/mathmaps",
-    "requirejs/require.js": ".",
-    "@jupyter-widgets/html-manager/dist/embed-amd.js": ".",
-    "@jupyter-widgets/html-manager/dist/*.woff2": "@jupyter-widgets/html-manager/dist",
-    "axe-core/axe.min.js": "tests",  # for the tests only; the site doesn't get it
-}
+TAKEN = [
+    ("mathjax/es5/tex-mml-chtml.js", "mathjax"),
+    ("mathjax/es5/output/chtml/fonts/woff-v2/*", "mathjax/output/chtml/fonts/woff-v2"),
+    ("mathjax/es5/input/tex/extensions/*", "mathjax/input/tex/extensions"),
+    ("mathjax/es5/a11y/*", "mathjax/a11y"),
+    ("mathjax/es5/sre/mathmaps/base.json", "mathjax/sre/mathmaps"),
+    ("mathjax/es5/sre/mathmaps/en.json", "mathjax/sre/mathmaps"),
+    ("requirejs/require.js", "."),
+    ("@jupyter-widgets/html-manager/dist/embed-amd.js", "."),
+    ("@jupyter-widgets/html-manager/dist/*.woff2", "@jupyter-widgets/html-manager/dist"),
+    ("axe-core/axe.min.js", "tests"),  # for the tests only; the site doesn't get it
+    # What turns TeX into MathML while the site is built; it doesn't get these either.
+    ("mathjax/es5/node-main.js", "node"),
+    ("mathjax/es5/core.js", "node"),
+    ("mathjax/es5/startup.js", "node"),
+    ("mathjax/es5/adaptors/liteDOM.js", "node/adaptors"),
+    ("mathjax/es5/input/tex.js", "node/input"),
+    ("mathjax/es5/input/tex/extensions/*", "node/input/tex/extensions"),
+]
+
+#: The folders among them that are not part of the site.
+NOT_SERVED = {"tests", "node"}
+
+
+def node_command() -> list[str]:
+    """Return the command that runs Node.js, which stands where npm does."""
+    npm = Path(npm_command()[0])
+    return [str(npm.with_name("node.exe" if os.name == "nt" else "node"))]
 
 
 def npm_command() -> list[str]:
@@ -85,7 +101,7 @@ def assets(cache: Path = ROOT / "_build" / "assets") -> Path:
         if done.returncode:
             raise RuntimeError(f"npm could not bring in the site's assets:\n{done.stderr}")
         taken = Path(work) / "taken"
-        for pattern, target in TAKEN.items():
+        for pattern, target in TAKEN:
             files = sorted((Path(work) / "node_modules").glob(pattern))
             if not files:
                 raise RuntimeError(f"npm's packages lack {pattern}")

@@ -18,7 +18,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from .assets import assets
+from .assets import NOT_SERVED, assets
 from .canonical import canonical
 from .chapters import ROOT, ChapterError, execute_all, executed, list_chapters
 from .pages import LEDGER, MIME, LedgerError, read_ledger, unlisted, write_pages
@@ -152,7 +152,7 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
     chapters = list_chapters(root)
     write_reference(target, chapters, root)
     vendor = target / "book" / "_static" / "vendor"
-    shutil.copytree(assets(root / "_build" / "assets"), vendor, ignore=lambda *_: {"tests"})
+    shutil.copytree(assets(root / "_build" / "assets"), vendor, ignore=lambda *_: NOT_SERVED)
     for chapter in chapters:
         page = target / "chapters" / f"{chapter.name}.ipynb"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -205,8 +205,8 @@ def fingerprint(folder: Path) -> str:
     """Return a hash of a folder's files, and of what turns them into a site (docstrings among it)."""
     digest = hashlib.sha256()
     pins = ROOT / "constraints.txt"
-    here = [*(ROOT / "book" / "builder").glob("*.py"), *(ROOT / "affnb").rglob("*.py")]
-    here = sorted(here) + ([pins] if pins.exists() else [])
+    here = [f for f in (ROOT / "book" / "builder").iterdir() if f.is_file()]
+    here = sorted([*here, *(ROOT / "affnb").rglob("*.py")]) + ([pins] if pins.exists() else [])
     for file in [*sorted(f for f in folder.rglob("*") if f.is_file()), *here]:
         if "__pycache__" not in file.parts:
             name = file.relative_to(folder if file.is_relative_to(folder) else ROOT)
