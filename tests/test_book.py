@@ -7,7 +7,7 @@ import threading
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote, urlencode, urljoin
 
 import pytest
 import yaml
@@ -296,11 +296,81 @@ def test_sliders_can_be_moved_by_touch(visit, path):
     assert handle.get_attribute("aria-valuetext") != before
 
 
-def test_a_search_finds_the_chapter(visit):
-    chapter = chapters.list_chapters()[0]
-    page = visit(f"search.html?q={chapter.title.split()[-1]}").page
-    page.wait_for_selector("#search-results li a")
-    assert page.locator(f"#search-results a[href*='{chapter.method}']").count() >= 1
+def found_by(page, host, query):
+    """Search the site, and list the pages that are found."""
+    page.goto(f"{host}/search.html?{urlencode({'q': query})}")
+    page.wait_for_function(
+        "/found|did not match/.test(document.querySelector('#search-results').innerText)"
+    )
+    links = page.locator("#search-results li a").evaluate_all("all => all.map(e => e.pathname)")
+    return {link.lstrip("/") for link in links}
+
+
+@pytest.mark.parametrize("chapter", chapters.list_chapters(), ids=lambda c: c.name)
+def test_a_search_finds_the_chapter(visit, chapter):
+    """By its title, by the paper's, by what the method is also called, by its operations."""
+    visited = visit("search.html")
+    queries = [chapter.title, reference.paper_title(chapter), *chapter.metadata.get("names", [])]
+    queries += [operation.name for operation in reference.operations_of(chapter)[:2]]
+    for query in filter(None, queries):
+        assert chapter.page in found_by(visited.page, visited.host, query), query
+
+
+@each_chapter
+def test_the_head_says_what_a_chapter_is_about(visit, path):
+    chapter = next(c for c in chapters.list_chapters() if c.page == path)
+    page = visit(path).page
+    said = page.locator("meta[name=description]").evaluate_all("all => all.map(e => e.content)")
+    assert said == [chapter.metadata["summary"]]
+
+
+@pytest.mark.parametrize("query", ["tau", "τ"])
+def test_a_search_finds_a_symbol(visit, query):
+    visited = visit("search.html")
+    found = found_by(visited.page, visited.host, query)
+    assert "book/notation.html" in found
+    assert "chapters/metric/smooth_ap.html" in found
+
+
+def test_links_show_what_they_lead_to(visit):
+    """Beside the link, for whoever rests on it or reaches it by keyboard; until Escape."""
+    visited = visit("chapters/affinity/dilated_affinity.html")
+    page = visited.page
+    page.evaluate("document.fonts.ready.then(() => null)")
+    shown = page.locator(".affnb-preview")
+    for link, expected in [
+        ("[href^='#']", "Proposition"),
+        ("[href*='bibliography.html#']", "Improving semantic segmentation via dilated affinity"),
+        ("[href='affinity_mass.html']", "Target affinity mass"),
+        ("[href='affinity_mass.html#prop-laplacian']", "signed graph Laplacian"),
+        ("[href*='package/affinity.html#']", "AffinityHead"),
+    ]:
+        page.locator(f"article a.reference.internal{link}").first.focus()
+        shown.wait_for()
+        assert expected in shown.inner_text()
+        assert shown.locator("mjx-container").count() >= shown.locator(".math").count()
+        assert barriers(page) == []
+        page.keyboard.press("Escape")
+        shown.wait_for(state="detached")
+    page.locator("article a.reference.internal").first.hover()
+    shown.wait_for()
+    assert not visited.elsewhere
+    assert not visited.complaints
+
+
+def test_the_text_does_not_wait_for_scripts(browser, site):
+    """It is painted while MathJax and the widgets' runtime are still on their way."""
+    page = browser.new_page()
+    held = []
+    page.route("**/vendor/**", lambda route: held.append(route))
+    page.goto(f"{site}/{chapters.list_chapters()[0].page}", wait_until="commit")
+    page.wait_for_function(
+        "performance.getEntriesByName('first-contentful-paint').length", timeout=10_000
+    )
+    assert page.locator("h1").is_visible()
+    assert page.locator("h2").count() >= 10, "all of the text is there"
+    assert len(held) >= 4
+    page.close()
 
 
 @each_chapter
@@ -316,6 +386,8 @@ def test_a_chapter_weighs_little(site, path):
         (vendor / "mathjax" / "tex-mml-chtml.js").read_bytes(),
         (vendor / "embed-amd.js").read_bytes(),
         (vendor / "require.js").read_bytes(),
+        (vendor / "popper.min.js").read_bytes(),
+        (vendor / "tippy-bundle.umd.min.js").read_bytes(),
     ]
     # The theme's own scripts, styles and fonts come to about 0.5 MB.
     assert sum(len(gzip.compress(part)) for part in loaded) < 2_500_000

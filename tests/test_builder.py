@@ -387,6 +387,7 @@ def no_address(monkeypatch):
     """Start every test without an address in the environment."""
     monkeypatch.delenv("AFFNB_REPOSITORY", raising=False)
     monkeypatch.delenv("AFFNB_BRANCH", raising=False)
+    monkeypatch.delenv("AFFNB_SITE", raising=False)
 
 
 def test_the_address_comes_from_the_settings_or_the_environment(monkeypatch):
@@ -401,6 +402,20 @@ def test_a_wrong_address_is_refused(monkeypatch, wrong):
     monkeypatch.setenv("AFFNB_REPOSITORY", wrong)
     with pytest.raises(ValueError, match="expected https://HOST/OWNER/NAME"):
         build.address(CONFIG)
+
+
+def test_the_sites_address_leads_to_the_pdf(monkeypatch, tmp_path):
+    page = tmp_path / "running.md"
+    page.write_text("## On paper\n\n<!-- pdf -->\n\nmake pdf")
+    build.link_pdf(page)
+    assert page.read_text() == "## On paper\n\n\n\nmake pdf"
+    page.write_text("<!-- pdf -->")
+    monkeypatch.setenv("AFFNB_SITE", "https://o.github.io/n/")
+    build.link_pdf(page)
+    assert page.read_text().endswith("(https://o.github.io/n/affinity-notebook.pdf).")
+    monkeypatch.setenv("AFFNB_SITE", "o.github.io/n")
+    with pytest.raises(ValueError, match="AFFNB_SITE: expected https://HOST"):
+        build.site_address()
 
 
 def test_the_default_address_is_nobodys():

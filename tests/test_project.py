@@ -418,6 +418,7 @@ def test_pages_are_published_with_the_address_of_their_repository() -> None:
     environment = workflow["jobs"]["build"]["env"]
     assert environment["AFFNB_REPOSITORY"] == "${{ github.server_url }}/${{ github.repository }}"
     assert environment["AFFNB_BRANCH"] == "${{ github.ref_name }}"
+    assert "vars.AFFNB_SITE" in environment["AFFNB_SITE"]
 
 
 def test_hooks_are_the_projects_own_tools() -> None:

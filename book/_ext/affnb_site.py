@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import html
 import inspect
+import re
 import sys
+import unicodedata
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bs4 import BeautifulSoup
+from builder.chapters import Chapter, list_chapters
 from builder.plain import add_plain
+from docutils import nodes
 from sphinx.application import Sphinx
 
 #: Pages that the build writes: there is no source file of theirs to edit.
@@ -51,6 +57,41 @@ def mend_buttons(
         if kept:
             groups.append(group | {"buttons": kept})
     context["header_buttons"] = groups
+
+
+@cache
+def chapter_of(pagename: str) -> Chapter | None:
+    """Return the chapter that a page shows, if it shows one."""
+    return next((c for c in list_chapters() if c.page == f"{pagename}.html"), None)
+
+
+def describe(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Say in a chapter's head what it is about, for search engines and for links that others share."""
+    chapter = chapter_of(pagename)
+    if chapter:
+        about = {"description": chapter.metadata.get("summary", "")}
+        about["keywords"] = ", ".join(chapter.metadata.get("names", []))
+        for name, content in about.items():
+            if content:
+                content = html.escape(content)
+                context["metatags"] += f'\n<meta name="{name}" content="{content}" />'
+
+
+def index_letters(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    r"""Let the search find the Greek letters of a page's formulas as they are seen: τ, beside `\tau`."""
+    formulas = doctree.findall(lambda n: isinstance(n, nodes.math | nodes.math_block))
+    commands = {c for formula in formulas for c in re.findall(r"\\([A-Za-z]+)", formula.astext())}
+    letters = set()
+    for command in commands:
+        size = "CAPITAL" if command[0].isupper() else "SMALL"
+        name = "LAMDA" if command.upper() == "LAMBDA" else command.upper()  # as Unicode spells it
+        with suppress(KeyError):
+            letters.add(unicodedata.lookup(f"GREEK {size} LETTER {name}"))
+    if letters:
+        text = f"<span hidden>{' '.join(sorted(letters))}</span>"
+        doctree.append(nodes.raw("", text, format="html"))
 
 
 def know_types(app: Sphinx, thing: Any, bound_method: bool) -> None:
@@ -112,8 +153,22 @@ def _mend_page(html: str) -> str:
             argument.name = "div"
     for icon in soup.select(".theme-switch-button .theme-switch"):
         del icon["title"]
+    hurry(soup)
     add_plain(soup)
     return str(soup)
+
+
+def hurry(soup: BeautifulSoup) -> None:
+    """Let nothing that only scripts need come before the text, and no page load the index of the search."""
+    states = soup.select("head script[type='application/vnd.jupyter.widget-state+json']")
+    for state in states:
+        soup.body.append(state.extract())
+    # The theme asks for them on each page, for a search as you type, which the book doesn't have.
+    if not soup.select_one("#search-results"):
+        for script in soup.select(
+            "script[src$='searchindex.js'], script[src*='searchtools.js'], script[src*='language_data.js']"
+        ):
+            script.decompose()
 
 
 def write_mended(app: Sphinx, exception: Exception | None) -> None:
@@ -131,6 +186,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("comments_config", {}, "html")
     # After the theme has made its buttons (priority 501).
     app.connect("html-page-context", mend_buttons, priority=900)
+    app.connect("html-page-context", describe)
+    app.connect("doctree-resolved", index_letters)
     app.connect("autodoc-before-process-signature", know_types)
     app.connect("env-updated", expect_mathematics)
     app.connect("build-finished", write_mended)

@@ -30,6 +30,8 @@ TAKEN = [
     ("mathjax/es5/sre/mathmaps/base.json", "mathjax/sre/mathmaps"),
     ("mathjax/es5/sre/mathmaps/en.json", "mathjax/sre/mathmaps"),
     ("requirejs/require.js", "."),
+    ("@popperjs/core/dist/umd/popper.min.js", "."),
+    ("tippy.js/dist/tippy-bundle.umd.min.js", "."),
     ("@jupyter-widgets/html-manager/dist/embed-amd.js", "."),
     ("@jupyter-widgets/html-manager/dist/*.woff2", "@jupyter-widgets/html-manager/dist"),
     ("axe-core/axe.min.js", "tests"),  # for the tests only; the site doesn't get it

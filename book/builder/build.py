@@ -24,6 +24,9 @@ from .chapters import ROOT, ChapterError, execute_all, executed, list_chapters
 from .pages import LEDGER, MIME, LedgerError, read_ledger, unlisted, write_pages
 from .reference import closing, write_reference
 
+#: What the book on paper is called, beside the first page of the published site.
+PDF_NAME = "affinity-notebook.pdf"
+
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -46,6 +49,20 @@ def address(config: dict[str, Any]) -> tuple[str, str]:
             f"got {url!r}"
         )
     return url, branch
+
+
+def site_address() -> str:
+    """Return where the site is to be published, from AFFNB_SITE; empty where that isn't set.
+
+    Raises
+    ------
+    ValueError
+        The address does not begin with ``https://`` or ``http://``.
+    """
+    site = os.environ.get("AFFNB_SITE", "").rstrip("/")
+    if site and not site.startswith(("https://", "http://")):
+        raise ValueError(f"AFFNB_SITE: expected https://HOST/..., got {site!r}")
+    return site
 
 
 def is_neutral(url: str) -> bool:
@@ -142,12 +159,16 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
         options = config["sphinx"]["config"].setdefault("html_theme_options", {})
         if "gitlab" not in url and "bitbucket" not in url:
             options["repository_provider"] = "github"
+    site = site_address()
+    if site:
+        config["html"]["baseurl"] = site  # each page then names its canonical address
     (target / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     shutil.copytree(
         root / "book",
         target / "book",
         ignore=shutil.ignore_patterns("builder", "__pycache__", "scoreboard.json"),
     )
+    link_pdf(target / "book" / "running.md")
     claims = write_pages(target / "book", root)
     chapters = list_chapters(root)
     write_reference(target, chapters, root)
@@ -167,6 +188,13 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
         nbformat.write(stamp(source, url, branch), download)
     with_widget(target / "book" / "preface.md", target / "chapters")
     return unlisted(claims, read_ledger(root))
+
+
+def link_pdf(page: Path) -> None:
+    """Put a link to the book on paper where a page has ``<!-- pdf -->``, if its address is known."""
+    site = site_address()
+    link = f"[Download the book as a PDF]({site}/{PDF_NAME})." if site else ""
+    page.write_text(page.read_text().replace("<!-- pdf -->", link))
 
 
 def with_widget(page: Path, chapters: Path) -> None:

@@ -23,14 +23,14 @@ from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, NameObject, NullObject
 from tqdm import tqdm
 
-from .build import build
+from .build import PDF_NAME, build, site_address
 from .chapters import ROOT, ChapterError
 from .pages import LedgerError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Playwright, Route
 
-PDF = ROOT / "_build" / "affinity-notebook.pdf"
+PDF = ROOT / "_build" / PDF_NAME
 
 #: What the site is called while it is printed. Nobody owns it, and nothing is asked of the network.
 HOST = "http://book.invalid/"
@@ -264,7 +264,7 @@ def main() -> int:
         )
         return 1
     try:
-        folder = build().parent
+        folder, site = build().parent, site_address()
     except (ChapterError, LedgerError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -273,7 +273,6 @@ def main() -> int:
     print("Printing the pages ...", flush=True)
     with sync_playwright() as playwright:
         browser = launch(playwright, chromium)
-        site = os.environ.get("AFFNB_SITE", "").rstrip("/")
         print_book(browser, folder, PDF, contents(), site)
         browser.close()
     print(f"The PDF is at {PDF}")

@@ -96,7 +96,7 @@ def _entry(entry: Public, below: str = "") -> list[str]:
     return [*lines, "", *([f"   {below}", ""] if below else [])]
 
 
-def _paper(chapter: Chapter, root: Path) -> str | None:
+def paper_title(chapter: Chapter, root: Path = ROOT) -> str | None:
     """Return the title of a chapter's paper, as plain text."""
     key = chapter.metadata.get("paper")
     if key is None:
@@ -120,7 +120,7 @@ def part_page(part: str, chapters: Sequence[Chapter], root: Path = ROOT) -> str:
     for chapter in members:
         lines += _title(chapter.title, "-")
         about = f"Chapter: :doc:`/chapters/{chapter.name}`."
-        paper = _paper(chapter, root)
+        paper = paper_title(chapter, root)
         if paper:
             about += f" Paper: :cite:t:`{chapter.metadata['paper']}`, *{paper}*."
         if chapter.method in known:
@@ -187,7 +187,7 @@ def closing(chapter: Chapter, root: Path = ROOT) -> str:
         "",
         f"{{doc}}`affnb.{chapter.part} </{FOLDER}/{chapter.part}>` has what this chapter built: {names}.",
     ]
-    paper = _paper(chapter, root)
+    paper = paper_title(chapter, root)
     if paper:
         lines += ["", f"The paper is {{cite:t}}`{chapter.metadata['paper']}`, *{paper}*."]
     return "\n".join(lines)
