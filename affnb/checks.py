@@ -16,15 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from affnb.precision import wide_dtype
+
 __all__ = [
     "check_at_least",
+    "check_between",
     "check_bool",
     "check_differentiated_once",
     "check_finite",
+    "check_flag",
     "check_floating",
     "check_integer",
+    "check_integers",
     "check_labels",
     "check_no_nan",
+    "check_norms",
     "check_one_of",
     "check_positive",
     "check_same_device",
@@ -78,16 +84,28 @@ def check_tensor(value: Any, name: str, *, ndim: int | Sequence[int] | None = No
     return value
 
 
-def check_floating(value: Tensor, name: str) -> None:
-    """Raise ``TypeError`` unless the tensor has a real floating-point dtype."""
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {_describe(value)}")
+def check_floating(value: Any, name: str, *, ndim: int | Sequence[int] | None = None) -> Tensor:
+    """Raise as `check_tensor` does, and ``TypeError`` unless the dtype is a real floating-point one.
+
+    Examples
+    --------
+    >>> check_floating(torch.tensor([1, 2]), "features", ndim=1)
+    Traceback (most recent call last):
+        ...
+    TypeError: features: expected a floating-point dtype, got a tensor of shape (2,), torch.int64, on cpu
+    """
+    tensor = check_tensor(value, name, ndim=ndim)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {_describe(tensor)}")
+    return tensor
 
 
-def check_bool(value: Tensor, name: str) -> None:
-    """Raise ``TypeError`` unless the tensor's dtype is ``torch.bool``."""
-    if value.dtype != torch.bool:
-        raise TypeError(f"{name}: expected dtype torch.bool, got {_describe(value)}")
+def check_bool(value: Any, name: str, *, ndim: int | Sequence[int] | None = None) -> Tensor:
+    """Raise as `check_tensor` does, and ``TypeError`` unless the dtype is ``torch.bool``."""
+    tensor = check_tensor(value, name, ndim=ndim)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype torch.bool, got {_describe(tensor)}")
+    return tensor
 
 
 def check_shape(value: Tensor, name: str, shape: Sequence[int | None]) -> None:
@@ -135,6 +153,23 @@ def check_finite(value: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected finite values, got {count} not finite in {_describe(value)}"
         )
+
+
+def check_norms(value: Tensor, name: str) -> Tensor:
+    """Raise ``ValueError`` unless all vectors (the last dimension) have a finite norm; return the norms.
+
+    One reduction finds NaN, infinite values, and what would overflow in a product.
+
+    Examples
+    --------
+    >>> check_norms(torch.tensor([[3.0, 4.0]]).half(), "features")
+    tensor([5.])
+    """
+    norms: Tensor = torch.linalg.vector_norm(value.detach(), dim=-1, dtype=wide_dtype(value))
+    if norms.numel() and not math.isfinite(float(norms.amax())):  # NaN comes out of it, too
+        check_finite(value, name)
+        raise ValueError(f"{name}: expected vectors whose norm is finite, got an overflow")
+    return norms
 
 
 def check_labels(
@@ -242,6 +277,38 @@ def check_integer(value: Any, name: str, minimum: int | None = None) -> None:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
 
 
+def check_integers(values: Any, name: str, minimum: int) -> None:
+    """Raise unless ``values`` is a sequence of ``int`` (and no ``bool``), each at least ``minimum``.
+
+    Examples
+    --------
+    >>> check_integers([1, 0], "ks", 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: ks: expected integers >= 1, got [1, 0]
+    """
+    if not isinstance(values, Sequence) or not all(
+        isinstance(k, int) and not isinstance(k, bool) for k in values
+    ):
+        raise TypeError(f"{name}: expected a sequence of integers, got {_describe(values)}")
+    if any(k < minimum for k in values):
+        raise ValueError(f"{name}: expected integers >= {minimum}, got {list(values)}")
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is ``True`` or ``False``.
+
+    Examples
+    --------
+    >>> check_flag(1, "include_self")
+    Traceback (most recent call last):
+        ...
+    TypeError: include_self: expected a bool, got int 1
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {_describe(value)}")
+
+
 def _check_real(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a real number, got {_describe(value)}")
@@ -261,6 +328,20 @@ def check_at_least(value: Any, name: str, minimum: float) -> None:
     number = _check_real(value, name)
     if not math.isfinite(number) or number < minimum:
         raise ValueError(f"{name}: expected a finite number >= {minimum}, got {value!r}")
+
+
+def check_between(value: Any, name: str, low: float, high: float) -> None:
+    """Raise unless ``value`` is a real number in ``[low, high]`` (shares, probabilities, margins).
+
+    Examples
+    --------
+    >>> check_between(1.5, "alpha", 0, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: alpha: expected a number in [0, 1], got 1.5
+    """
+    if not low <= _check_real(value, name) <= high:  # NaN is in no interval
+        raise ValueError(f"{name}: expected a number in [{low}, {high}], got {value!r}")
 
 
 def check_positive(value: Any, name: str) -> None:

@@ -156,7 +156,8 @@ def settle(
     seeds
         The seeds it was measured with.
     note
-        The setting (the reason, when nothing could be shown).
+        The setting. When nothing could be shown, the reason that is recorded beside it is where the
+        interval lies.
     shown_above
         The gain from which on the claim counts as shown. Default 0. For a claim that something costs
         nothing, or is no better, give the loss, minus the largest one that you would call nothing:
@@ -172,9 +173,10 @@ def settle(
     ValueError, TypeError
         As `record`.
     """
+    refuted_below = min(0.0, shown_above)
     if gain.low > shown_above:
         verdict = "measured"
-    elif gain.high < min(0.0, shown_above):
+    elif gain.high < refuted_below:
         verdict = "refuted here"
     else:
         verdict = "not shown at this scale"
@@ -183,7 +185,11 @@ def settle(
         "effect": gain.mean,
         "spread": f"95 % interval {gain.low:.3g} to {gain.high:.3g}",
         "seeds": list(seeds),
-        "reason" if verdict.startswith("not") else "setting": note,
+        "setting": note,
     }
+    if verdict == "not shown at this scale":
+        evidence["reason"] = (
+            f"the interval is neither all above {shown_above:g} nor all below {refuted_below:g}"
+        )
     record(id, statement, verdict, evidence)
     return verdict

@@ -10,6 +10,7 @@ processes with ``torchrun`` and pass ``group=torch.distributed.group.WORLD`` (or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "all_gather_uneven",
     "all_reduce_logsumexp",
     "check_group",
+    "check_together",
     "gather_with_grad",
     "raise_together",
 ]
@@ -114,6 +116,41 @@ def raise_together(error: Exception | None, group: ProcessGroup) -> None:
     bad = [rank for rank, (flag,) in enumerate(flags) if flag]
     if bad:
         raise ValueError(f"group: expected valid input on every rank, got an error on rank {bad}")
+
+
+def check_together(check: Callable[[], None], group: ProcessGroup | None) -> None:
+    """Validate the input of all ranks: run ``check``, and raise on every rank if it fails on one.
+
+    Parameters
+    ----------
+    check
+        Raises a ``TypeError`` or ``ValueError`` when this rank's input is invalid.
+    group
+        What the caller passed: a process group, or ``None`` for this process alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What ``check`` raises, and what `check_group` and `raise_together` do.
+
+    Examples
+    --------
+    >>> from affnb.checks import check_positive
+    >>> check_together(lambda: check_positive(0, "temperature"), None)
+    Traceback (most recent call last):
+        ...
+    ValueError: temperature: expected a finite number > 0, got 0
+    """
+    if group is None:
+        check()
+        return
+    check_group(group)
+    error: Exception | None = None
+    try:
+        check()
+    except (TypeError, ValueError) as caught:
+        error = caught
+    raise_together(error, group)
 
 
 def all_gather_uneven(x: Tensor, group: ProcessGroup) -> list[Tensor]:

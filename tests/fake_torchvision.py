@@ -1,24 +1,20 @@
-"""A stand-in for torchvision where it cannot be imported: its VOC data sets and a ResNet-101's shape.
+"""A stand-in for torchvision where it cannot be imported: its VOC data sets, a ResNet-101's shape, a VGG-16.
 
 `fake_voc` writes a tiny VOC 2012 and SBD in the layout that torchvision's data sets read, and
-`install` makes ``import torchvision`` find classes that read it in the same way. `run_full` runs a
+`install` makes ``import torchvision`` find classes that read it in the same way. `run_on_voc` runs a
 chapter's cells on them, so that ``profile="full"`` is no dead code.
 """
 
-import sys
 import types
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import grid_sample
 
-from affnb import training
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.chapter_cells import fake_modules, run_cells
 
 # Images of VOC, and those of SBD: one of each set is in both, one of SBD's is new.
 TRAIN, VAL = ["2007_000001", "2007_000002", "2007_000003"], [f"2008_00000{i}" for i in range(1, 7)]
@@ -170,43 +166,69 @@ class ASPP(nn.Module):
         return self.project(torch.cat([conv(x) for conv in self.convs], 1))
 
 
+def thin_vgg16(weights=None):
+    """The layers of torchvision's VGG-16 in their places, with 2 channels and 6 hidden units."""
+    torch.manual_seed(0)
+    layers, channels = [], 3
+    for count in (2, 2, 3, 3, 3):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, 2, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = 2
+        layers.append(nn.MaxPool2d(2))
+    vgg = nn.Module()
+    vgg.features = nn.Sequential(*layers)
+    hidden = [nn.Linear(2 * 49, 6), nn.ReLU(True), nn.Dropout(), nn.Linear(6, 6)]
+    vgg.classifier = nn.Sequential(*hidden, nn.ReLU(True), nn.Dropout(), nn.Linear(6, 10))
+    vgg.weights = weights
+    return vgg
+
+
+def sampled_roi(maps, boxes, output_size, spatial_scale):
+    """The map at the middle of each cell of a grid over the box: RoIAlign with one sample a cell."""
+    (boxes,), (high, wide) = boxes, maps.shape[-2:]
+    step = (torch.arange(output_size) + 0.5) / output_size
+    corner, extent = boxes[:, :2] * spatial_scale, (boxes[:, 2:] - boxes[:, :2]) * spatial_scale
+    x, y = (corner[:, i, None] + extent[:, i, None] * step for i in range(2))
+    grid = torch.stack(
+        [
+            (2 * x / wide - 1)[:, None, :].expand(-1, output_size, -1),
+            (2 * y / high - 1)[:, :, None].expand(-1, -1, output_size),
+        ],
+        -1,
+    )
+    return grid_sample(maps.expand(len(boxes), -1, -1, -1), grid, align_corners=False)
+
+
+def resnet101(weights=None, replace_stride_with_dilation=(False, False, False)):
+    assert weights == "pretrained"
+    return ResNet(replace_stride_with_dilation)
+
+
 def install(monkeypatch):
     """Make ``import torchvision`` find these classes."""
-
-    def resnet101(weights=None, replace_stride_with_dilation=(False, False, False)):
-        assert weights == "pretrained"
-        return ResNet(replace_stride_with_dilation)
-
-    def module(name, **members):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, made)
-
-    module("torchvision")
-    module("torchvision.datasets", VOCSegmentation=VOCSegmentation, SBDataset=SBDataset)
-    weights = types.SimpleNamespace(IMAGENET1K_V1="pretrained")
-    module("torchvision.models", resnet101=resnet101, ResNet101_Weights=weights)
-    module("torchvision.models.segmentation")
-    module("torchvision.models.segmentation.deeplabv3", ASPP=ASPP)
+    pretrained = types.SimpleNamespace(IMAGENET1K_V1="pretrained")
+    models = {"resnet101": resnet101, "ResNet101_Weights": pretrained}
+    models |= {"vgg16": thin_vgg16, "VGG16_Weights": pretrained}
+    fake_modules(
+        monkeypatch,
+        {
+            "torchvision": {},
+            "torchvision.datasets": {"VOCSegmentation": VOCSegmentation, "SBDataset": SBDataset},
+            "torchvision.models": models,
+            "torchvision.models.segmentation": {},
+            "torchvision.models.segmentation.deeplabv3": {"ASPP": ASPP},
+            "torchvision.ops": {"roi_align": sampled_roi},
+        },
+    )
 
 
-def run_full(chapter, root, monkeypatch, changes, sections, **names):
-    """Run cells of a chapter with ``profile="full"`` on the stand-in.
+def run_on_voc(chapter, root, monkeypatch, **options):
+    """Run cells of a chapter on the stand-in for VOC, which is written into the empty folder ``root``.
 
     Parameters
     ----------
-    chapter
-        ``"<part>/<method>"``.
-    root
-        An empty folder, for the data.
-    changes
-        Pieces of source and what to put in their place, to make the full profile small. Each must
-        occur in the cells that run.
-    sections
-        Beginnings of the second-level headings under which code runs; the cells before the first
-        heading always do.
-    names
-        What else the cells find defined.
+    chapter, monkeypatch, options
+        As for `tests.chapter_cells.run_cells`.
 
     Returns
     -------
@@ -217,46 +239,17 @@ def run_full(chapter, root, monkeypatch, changes, sections, **names):
     """
     fake_voc(root)
     install(monkeypatch)
-    verdicts, trainings, train = {}, [], training.fit
+    monkeypatch.setattr("affnb.data.voc._SIDE", 73)
+    trainings = []
 
-    def fit(step, batches, optimizer, **options):
+    def fit(real, step, batches, optimizer, **options):
         groups = [
             {**g, "params": sum(p.numel() for p in g["params"])} for g in optimizer.param_groups
         ]
         schedule = {k: v for k, v in vars(options["scheduler"]).items() if k != "optimizer"}
         name = type(optimizer).__name__
         trainings.append((name, groups, schedule, len(batches), batches.dataset))
-        return train(step, batches, optimizer, **options)
+        return real(step, batches, optimizer, **options)
 
-    monkeypatch.setattr(training, "fit", fit)
-    monkeypatch.setattr("affnb.data.voc._SIDE", 73)
-    monkeypatch.setattr("affnb.widgets.explore", lambda *args, **options: None)
-    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
-    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(
-        "affnb.claims.record",
-        lambda id, statement, verdict, evidence: verdicts.update({id: verdict}),
-    )
-    plt.switch_backend("Agg")
-    names |= {"__name__": "chapter"}
-    parameters = {"profile": "full", "device": "cpu", "data_root": str(root)}
-    notebook = nbformat.read(ROOT / "chapters" / f"{chapter}.ipynb", as_version=4)
-    heading, unused = None, set(changes)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            found = [line for line in cell.source.splitlines() if line.startswith("## ")]
-            heading = found[-1].removeprefix("## ") if found else heading
-        tags = cell.metadata.get("tags", [])
-        wanted = heading is None or heading.startswith(sections)
-        if cell.cell_type != "code" or "setup" in tags or not wanted:
-            continue
-        source = cell.source
-        for old, new in changes.items():
-            if old in source:
-                source, unused = source.replace(old, new), unused - {old}
-        exec(compile(source, f"{chapter}: {heading}", "exec"), names)
-        if "parameters" in tags:
-            names |= parameters
-    assert not unused, f"not in the chapter any more: {sorted(unused)}"
-    return names, verdicts, trainings
+    found = run_cells(chapter, monkeypatch, fit=fit, data_root=str(root), **options)
+    return *found, trainings

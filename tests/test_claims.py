@@ -175,3 +175,6 @@ def test_settle_gives_the_verdict_of_the_interval(shown, gains, shown_above, ver
     assert made["evidence"]["effect"] == gain.mean
     assert made["evidence"]["seeds"] == [0, 1, 2]
     assert f"{gain.low:.3g} to {gain.high:.3g}" in made["evidence"]["spread"]
+    assert made["evidence"]["setting"] == "toy"
+    reason = made["evidence"].get("reason", "")
+    assert reason.startswith("the interval is neither") == (verdict == "not shown at this scale")

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from affnb.affinity import batch_affinity_loss
+from affnb.checks import check_positive
 from affnb.distributed import (
     all_gather_uneven,
     all_reduce_logsumexp,
     check_group,
+    check_together,
     gather_with_grad,
     raise_together,
 )
+from affnb.metric import patch_nce_loss, smooth_ap_loss
+from tests.processes import message_of, rows_of, run
 
 FORMS = ("focal", "log", "l2", "smooth_l1", "bce")
 # Uneven shards; with three ranks one of them is empty.
@@ -34,28 +39,11 @@ def whole_batch():
     return features, labels
 
 
-def rows_of(rank, world):
-    start = sum(SHARDS[world][:rank])
-    return slice(start, start + SHARDS[world][rank])
-
-
-def message_of(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def work(rank, world, folder):
-    """Everything that one process does; what it saw is saved for the tests to judge."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+def work(rank, world):
+    """Everything that one process does: what it saw, for the tests to judge."""
     group = dist.group.WORLD
     features, labels = whole_batch()
-    rows = rows_of(rank, world)
+    rows = rows_of(rank, SHARDS[world])
     seen = {}
 
     def loss_and_grad(own, own_labels, **options):
@@ -100,6 +88,9 @@ def work(rank, world, folder):
         lambda: raise_together(KeyError("x") if rank == world - 1 else None, group)
     )
     seen["fine"] = message_of(lambda: raise_together(None, group))
+    size = -1 if rank == 0 else 1
+    seen["check"] = message_of(lambda: check_together(lambda: check_positive(size, "size"), group))
+    seen["checked"] = message_of(lambda: check_together(lambda: None, group))
 
     seen["gathered"] = all_gather_uneven(labels[rows], group)
     own = features[rows].clone().requires_grad_()
@@ -112,18 +103,14 @@ def work(rank, world, folder):
     )
     outsider = dist.new_group([0])
     seen["member"] = message_of(lambda: check_group(outsider))
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS))
 def ranks(request, tmp_path_factory):
     """What each rank of a world of two, and of three, saw."""
     world = request.param
-    folder = tmp_path_factory.mktemp(f"world{world}")
-    torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run(work, world, tmp_path_factory.mktemp(f"world{world}"))
 
 
 def one_process(**options):
@@ -145,14 +132,14 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tile, backend, form, 
     for rank, seen in enumerate(ranks):
         own_loss, own_grad = seen["loss", tile, backend, form, include_self]
         torch.testing.assert_close(own_loss, loss, rtol=1e-12, atol=1e-12)
-        expected = grad[rows_of(rank, len(ranks))]
+        expected = grad[rows_of(rank, SHARDS[len(ranks)])]
         torch.testing.assert_close(own_grad, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_each_rank_scales_its_gradient_by_its_own_upstream(ranks):
     _, grad = one_process()
     for rank, seen in enumerate(ranks):
-        expected = (rank + 1) * grad[rows_of(rank, len(ranks))]
+        expected = (rank + 1) * grad[rows_of(rank, SHARDS[len(ranks)])]
         torch.testing.assert_close(seen["upstream"], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -184,12 +171,16 @@ def test_degenerate_global_batch_is_zero(ranks, case):
 
 def test_bad_input_on_one_rank_raises_on_all(ranks):
     for rank, seen in enumerate(ranks):
-        for case, own in (("nan", "ValueError: features:"), ("short", "ValueError: labels:")):
+        for case, own in (
+            ("nan", "ValueError: features:"),
+            ("short", "ValueError: labels:"),
+            ("check", "ValueError: size:"),
+        ):
             expected = own if rank == 0 else "ValueError: group: expected valid input on every rank"
             assert seen[case].startswith(expected)
         last = rank == len(ranks) - 1
         assert seen["together"].startswith("KeyError" if last else "ValueError: group:")
-        assert seen["fine"] == "no error"
+        assert seen["fine"] == seen["checked"] == "no error"
         assert seen["wide"].startswith("ValueError: x: expected the same trailing shape")
         assert seen["dtype"].startswith("ValueError: x: expected the same trailing shape")
         assert seen["member"].startswith("ValueError: group" if rank else "no error")
@@ -200,11 +191,11 @@ def test_collectives(ranks):
     world = len(ranks)
     for rank, seen in enumerate(ranks):
         assert [part.tolist() for part in seen["gathered"]] == [
-            labels[rows_of(other, world)].tolist() for other in range(world)
+            labels[rows_of(other, SHARDS[world])].tolist() for other in range(world)
         ]
         everything, grad = seen["with grad"]
         torch.testing.assert_close(everything, features, rtol=0, atol=0)
-        torch.testing.assert_close(grad, features[rows_of(rank, world)], rtol=0, atol=0)
+        torch.testing.assert_close(grad, features[rows_of(rank, SHARDS[world])], rtol=0, atol=0)
         expected = torch.stack(
             [
                 torch.arange(world).float().logsumexp(0),
@@ -229,10 +220,54 @@ def test_mean_of_local_losses_is_another_objective():
     features, labels = whole_batch()
     features.requires_grad_()
     losses = [
-        batch_affinity_loss(features[rows_of(r, 2)], labels[rows_of(r, 2)], include_self=True)
+        batch_affinity_loss(
+            features[rows_of(r, SHARDS[2])], labels[rows_of(r, SHARDS[2])], include_self=True
+        )
         for r in range(2)
     ]
     (local,) = torch.autograd.grad(sum(losses) / 2, features)
     _, exact = one_process(include_self=True)
     cosine = torch.cosine_similarity(local.flatten(), exact.flatten(), dim=0)
     assert cosine < 0.95
+
+
+# --- a process that dies -----------------------------------------------------------------------------
+
+
+def step(rank, loss, folder):
+    """Take one step of training; the second process is gone before it takes part."""
+    torch.set_num_threads(1)
+    address = f"file://{folder}/rendezvous"
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    features = torch.nn.functional.normalize(torch.randn(6, 4)).requires_grad_()
+    dist.barrier()
+    if rank == 1:
+        os._exit(1)
+    group, labels = dist.group.WORLD, torch.tensor([0, 0, 1, 1, 2, 2])
+    if loss == "patch_nce":
+        call = lambda: patch_nce_loss(
+            features[None], features[None], group=group, negatives="batch"
+        )  # noqa: E731
+    else:
+        named = {"affinity": batch_affinity_loss, "smooth_ap": smooth_ap_loss}[loss]
+        call = lambda: named(features, labels, group=group)  # noqa: E731
+    Path(folder, "said").write_text(message_of(lambda: call().backward()))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("loss", ["affinity", "smooth_ap", "patch_nce"])
+def test_a_process_that_dies_does_not_hang_the_others(loss, tmp_path):
+    processes = [
+        torch.multiprocessing.get_context("spawn").Process(
+            target=step, args=(r, loss, str(tmp_path))
+        )
+        for r in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+        assert process.exitcode is not None, "it hangs beyond the group's timeout"
+    assert "Error" in (tmp_path / "said").read_text()

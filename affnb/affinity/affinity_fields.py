@@ -30,6 +30,7 @@ from affnb import kernels
 from affnb.checks import (
     check_differentiated_once,
     check_finite,
+    check_flag,
     check_floating,
     check_integer,
     check_labels,
@@ -39,8 +40,9 @@ from affnb.checks import (
     check_shape,
     check_tensor,
 )
-from affnb.distributed import check_group, raise_together
+from affnb.distributed import check_group, check_together
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -207,7 +209,7 @@ def class_logits(logits: Tensor) -> Tensor:
     [2.0, -2.0, -102.1269]
     """
     _check_logits(logits)
-    return _class_logits(logits if logits.dtype == torch.float64 else logits.float())[0]
+    return _class_logits(logits.to(wide_dtype(logits)))[0]
 
 
 def bernoulli_kl_with_logits(neighbour: Tensor, centre: Tensor) -> Tensor:
@@ -249,7 +251,6 @@ def bernoulli_kl_with_logits(neighbour: Tensor, centre: Tensor) -> Tensor:
     100.0
     """
     for name, value in (("neighbour", neighbour), ("centre", centre)):
-        check_tensor(value, name)
         check_floating(value, name)
     check_same_device([("neighbour", neighbour), ("centre", centre)])
     flip = neighbour > 0
@@ -564,7 +565,7 @@ class _Sums(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, field: _Field, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
-        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        work = wide_dtype(logits)
         shape = (2, len(field.sizes), logits.shape[1])
         totals = torch.zeros(2, *shape, dtype=torch.float64, device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
@@ -664,7 +665,7 @@ def _reference_sums(
     logits: Tensor, labels: Tensor, field: _Field, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Equation 3, literally: every ordered pair, every channel, probabilities from a softmax."""
-    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    work = wide_dtype(logits)
     prob = logits.to(work).softmax(1)
     classes = torch.arange(logits.shape[1], device=logits.device)
     label = labels.long()
@@ -720,8 +721,7 @@ def _reference_sums(
 
 
 def _check_logits(logits: Tensor) -> None:
-    check_tensor(logits, "logits", ndim=4)
-    check_floating(logits, "logits")
+    check_floating(logits, "logits", ndim=4)
     if logits.shape[1] < 2:
         raise ValueError(f"logits: expected at least 2 classes, got shape {tuple(logits.shape)}")
     # Looking at values would break the graph while torch.compile traces.
@@ -768,8 +768,7 @@ def _check_field(
         check_positive(clip, "clip")
         if clip >= 0.5:
             raise ValueError(f"clip: expected None or a number in (0, 0.5), got {clip!r}")
-    if not isinstance(require_opposite, bool):
-        raise TypeError(f"require_opposite: expected a bool, got {require_opposite!r}")
+    check_flag(require_opposite, "require_opposite")
     check_one_of(backend, "backend", _BACKENDS)
     if group is not None:
         check_group(group)
@@ -783,15 +782,7 @@ def _sums(
     logits: Tensor, labels: Tensor, field: _Field, backend: str, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Check the batch (on all ranks together), then sum."""
-    error: Exception | None = None
-    try:
-        _check_batch(logits, labels, field.ignore_index)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
+    check_together(lambda: _check_batch(logits, labels, field.ignore_index), group)
     if backend == "reference":
         return _reference_sums(logits, labels, field, group)
     result: tuple[Tensor, Tensor] = _auto_sums(logits, labels, field, group)

@@ -36,7 +36,9 @@ from affnb.checks import (
     check_bool,
     check_differentiated_once,
     check_finite,
+    check_flag,
     check_floating,
+    check_integers,
     check_labels,
     check_no_nan,
     check_one_of,
@@ -49,10 +51,11 @@ from affnb.distributed import (
     all_gather_uneven,
     all_reduce_logsumexp,
     check_group,
+    check_together,
     gather_with_grad,
-    raise_together,
 )
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,14 +87,11 @@ _BACKENDS = ("auto", "reference")
 
 
 def _check_logits(logits: Tensor, target: Tensor, mask: Tensor | None, normalisation: str) -> None:
-    check_tensor(logits, "logits")
     check_floating(logits, "logits")
     check_square(logits, "logits")
-    check_tensor(target, "target")
     check_bool(target, "target")
     check_shape(target, "target", logits.shape)
     if mask is not None:
-        check_tensor(mask, "mask")
         check_bool(mask, "mask")
         if mask.shape != logits.shape:
             check_shape(mask, "mask", logits.shape[-2:])
@@ -111,10 +111,6 @@ def _check_logits(logits: Tensor, target: Tensor, mask: Tensor | None, normalisa
             )
     if mask is not None and mask.numel() and not bool(mask.any()):
         raise ValueError("mask: expected at least one True (an entry to keep), got only False")
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _MassLogit(torch.autograd.Function):
@@ -157,7 +153,7 @@ def _mass_logit(
     logits: Tensor, target: Tensor, mask: Tensor | None, normalisation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mass logit, and whether there are targets and others, per graph (row)."""
-    x = _at_least_float32(logits)
+    x = logits.to(wide_dtype(logits))
     if mask is not None:
         x = x.masked_fill(~mask, -torch.inf)
     if normalisation == "matrix":
@@ -405,7 +401,7 @@ def affinity_mass_loss(
             "each entry by itself and has nothing to normalise"
         )
 
-    x = _at_least_float32(logits)
+    x = logits.to(wide_dtype(logits))
     if backend == "reference" or form == "bce":
         keep = x > -torch.inf if mask is None else (x > -torch.inf) & mask
         has_target = (target & keep).flatten(-2 if normalisation == "matrix" else -1).any(-1)
@@ -468,7 +464,6 @@ def same_class_target(labels: Tensor) -> Tensor:
 
 
 def _check_boxes(boxes: Tensor, name: str) -> None:
-    check_tensor(boxes, name)
     check_floating(boxes, name)
     check_shape(boxes, name, (None, 4))
     check_finite(boxes, name)
@@ -618,14 +613,13 @@ def pairwise_sq_dist(features: Tensor) -> Tensor:
     tensor([[ 0., 25.],
             [25.,  0.]])
     """
-    check_tensor(features, "features")
     check_floating(features, "features")
     if features.ndim < 2:
         raise ValueError(f"features: expected shape (..., N, d), got {tuple(features.shape)}")
     if not torch.compiler.is_compiling():  # looking at values would break the graph
         check_finite(features, "features")
     with torch.autocast(features.device.type, enabled=False):
-        x = _at_least_float32(features)
+        x = features.to(wide_dtype(features))
         if x.shape[-2]:
             # Distances do not depend on the centre, so neither does any derivative: detach it.
             x = x - x.detach().mean(-2, keepdim=True)
@@ -690,8 +684,7 @@ def pair_recall_at_k(
     tensor([0.5000, 1.0000])
     """
     check_tensor(logits, "logits", ndim=2)
-    check_tensor(assign, "assign", ndim=2)
-    check_bool(assign, "assign")
+    check_bool(assign, "assign", ndim=2)
     check_shape(assign, "assign", (logits.shape[0], None))
     _check_logits(logits, torch.zeros_like(logits, dtype=torch.bool), mask, "matrix")
     check_labels(gt_pairs, "gt_pairs", ndim=2)
@@ -700,12 +693,7 @@ def pair_recall_at_k(
     check_same_device([("logits", logits), ("gt_pairs", gt_pairs), ("assign", assign)])
     if gt_pairs.shape[0] == 0:
         raise ValueError("gt_pairs: expected at least one relation, got shape (0, 2)")
-    if not isinstance(ks, Sequence) or not all(
-        isinstance(k, int) and not isinstance(k, bool) for k in ks
-    ):
-        raise TypeError(f"ks: expected a sequence of integers, got {ks!r}")
-    if any(k < 1 for k in ks):
-        raise ValueError(f"ks: expected integers >= 1, got {list(ks)}")
+    check_integers(ks, "ks", 1)
 
     flat = logits.detach().flatten()
     never = flat.numel()  # the rank of what is not a candidate
@@ -1157,8 +1145,7 @@ def _batch_auto(
 
 
 def _check_batch(features: Tensor, labels: Tensor) -> None:
-    check_tensor(features, "features", ndim=2)
-    check_floating(features, "features")
+    check_floating(features, "features", ndim=2)
     check_labels(labels, "labels", length=features.shape[0])
     check_same_device([("features", features), ("labels", labels)])
     if not torch.compiler.is_compiling():  # looking at values would break the graph
@@ -1170,8 +1157,7 @@ def _check_batch_options(
 ) -> None:
     check_at_least(gamma, "gamma", 0)
     check_one_of(form, "form", _FORMS)
-    if not isinstance(include_self, bool):
-        raise TypeError(f"include_self: expected a bool, got {include_self!r}")
+    check_flag(include_self, "include_self")
     check_one_of(backend, "backend", _BACKENDS)
     if group is not None:
         check_group(group)
@@ -1269,20 +1255,14 @@ def batch_affinity_loss(
             [ 0.5540],
             [-0.4037]])
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         _check_batch(features, labels)
         _check_batch_options(gamma, form, include_self, group, backend)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
 
-    x = _at_least_float32(features)
+    check_together(check, group)
+
+    x = features.to(wide_dtype(features))
     if backend == "reference":
         return _batch_reference(x, labels, form, float(gamma), include_self, group)
     return _batch_auto(x, labels, form, float(gamma), include_self, group)

@@ -29,6 +29,7 @@ from affnb.checks import (
     check_bool,
     check_differentiated_once,
     check_finite,
+    check_flag,
     check_floating,
     check_integer,
     check_labels,
@@ -38,6 +39,7 @@ from affnb.checks import (
     check_tensor,
 )
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 __all__ = [
     "AffinityHead",
@@ -110,8 +112,7 @@ def dilated_offsets(rates: Sequence[int | tuple[int, int]], *, both: bool = Fals
     """
     if not isinstance(rates, Sequence) or isinstance(rates, str):
         raise TypeError(f"rates: expected a sequence of integers or pairs, got {rates!r}")
-    if not isinstance(both, bool):
-        raise TypeError(f"both: expected a bool, got {both!r}")
+    check_flag(both, "both")
     pairs: list[tuple[int, int]] = []
     for rate in rates:
         pair = rate if isinstance(rate, tuple) else (rate, rate)
@@ -225,8 +226,7 @@ def dilated_affinity_target(
 
 def _check_target(target: Tensor, valid: Tensor, rates: int | None) -> None:
     for value, name in ((target, "target"), (valid, "valid")):
-        check_tensor(value, name, ndim=4)
-        check_bool(value, name)
+        check_bool(value, name, ndim=4)
     channels = target.shape[1]
     if rates is None:
         if channels == 0 or channels % 8:
@@ -294,8 +294,7 @@ def neighbour_count_frequencies(
     tensor([[0, 0, 0, 0, 0, 0, 0, 1, 0]])
     """
     check_integer(num_rates, "num_rates", 1)
-    if not isinstance(normalise, bool):
-        raise TypeError(f"normalise: expected a bool, got {normalise!r}")
+    check_flag(normalise, "normalise")
     _check_target(target, valid, num_rates)
     rows = []
     for r in range(num_rates):
@@ -535,15 +534,14 @@ class DilatedAffinityLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """Return the loss of logits ``(B, 8 R, H, W)`` for bool targets of the same shape."""
-        check_tensor(logits, "logits", ndim=4)
-        check_floating(logits, "logits")
+        check_floating(logits, "logits", ndim=4)
         _check_target(target, valid, self.rates)
         check_shape(logits, "logits", target.shape)
         check_same_device([("logits", logits), ("target", target)])
         # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
         if not torch.compiler.is_compiling():
             check_finite(logits, "logits")
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(logits)
         rates = logits.shape[1] // 8
         table = self.table.to(logits.device, dtype).expand(rates, -1, -1)
         focal = _weighted_focal if self.backend == "auto" else _weighted_focal_reference
@@ -686,7 +684,6 @@ def steep_sigmoid(logits: Tensor, mu: float = 7.0) -> Tensor:
     >>> steep_sigmoid(torch.logit(torch.tensor([0.1, 0.5, 0.9])))
     tensor([0.0137, 0.5000, 0.9863])
     """
-    check_tensor(logits, "logits")
     check_floating(logits, "logits")
     check_at_least(mu, "mu", 1)
     if mu <= 1:
@@ -989,25 +986,22 @@ def propagate_affinity(
     >>> propagate_affinity(prob, affinity, dilated_offsets([1]), lam=1.0, iterations=1)[0, 0]
     tensor([[0.6368, 0.7846, 0.6368]])
     """
-    check_tensor(prob, "prob", ndim=4)
-    check_floating(prob, "prob")
-    check_tensor(affinity, "affinity", ndim=4)
-    check_floating(affinity, "affinity")
+    check_floating(prob, "prob", ndim=4)
+    check_floating(affinity, "affinity", ndim=4)
     batch, classes, height, width = prob.shape
     steps = _check_offsets(offsets, height, width)
     check_shape(affinity, "affinity", (batch, len(steps), height, width))
     check_same_device([("prob", prob), ("affinity", affinity)])
     check_at_least(lam, "lam", 0)
     check_integer(iterations, "iterations", 0)
-    if not isinstance(anchored, bool):
-        raise TypeError(f"anchored: expected a bool, got {anchored!r}")
+    check_flag(anchored, "anchored")
     check_one_of(backend, "backend", _BACKENDS)
     if classes == 0:
         raise ValueError("prob: expected at least one class, got none")
     # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
     if not torch.compiler.is_compiling() and prob.numel():
         _check_values(prob, affinity, steps, float(lam))
-    dtype = torch.promote_types(torch.promote_types(prob.dtype, affinity.dtype), torch.float32)
+    dtype = wide_dtype(prob, affinity)
     p, a = prob.to(dtype), affinity.to(dtype)
     if iterations == 0 or p.numel() == 0:
         return p.clone()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_at_least
+from ..checks import check_at_least, check_between
 
 __all__ = ["SpeckledRegions", "speckled_regions"]
 
@@ -86,9 +86,7 @@ def speckled_regions(
                                ("num_classes", num_classes, 2)):  # fmt: skip
         check_at_least(value, name, least)
     for name, share in (("speckles", speckles), ("wrong", wrong)):
-        check_at_least(share, name, 0)
-        if share > 1:
-            raise ValueError(f"{name}: expected a share in [0, 1], got {share}")
+        check_between(share, name, 0, 1)
     check_at_least(noise, "noise", 0)
 
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")

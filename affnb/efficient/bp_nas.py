@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from affnb.checks import (
     check_finite,
+    check_flag,
     check_floating,
+    check_integer,
     check_labels,
     check_one_of,
     check_positive,
@@ -32,6 +34,7 @@ from affnb.checks import (
     check_shape,
     check_tensor,
 )
+from affnb.precision import wide_dtype
 
 __all__ = [
     "MixedPrecisionConv2d",
@@ -56,16 +59,6 @@ _BACKENDS = ("auto", "reference")
 _TOLERANCE = 1e-2
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute in: half precision has too few digits for codes and logarithms."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check_flag(value: Any, name: str) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
-
-
 # --------------------------------------------------------------------------------------------------
 # The quantiser
 # --------------------------------------------------------------------------------------------------
@@ -73,8 +66,7 @@ def _check_flag(value: Any, name: str) -> None:
 
 def _levels(bits: Any, signed: bool, name: str = "bits") -> int:
     """Return the largest code: n = 2^(b-1) - 1 for signed values, 2^b - 1 for others."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{name}: expected an integer, got {bits!r}")
+    check_integer(bits, name)
     least = 2 if signed else 1
     if bits < least:
         kind = "signed" if signed else "unsigned"
@@ -91,7 +83,7 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: Tensor, n: Tensor, signed: bool, lsq: bool) -> Tensor:
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x)
         step = alpha.to(wide) / n.to(wide)
         codes = torch.minimum(x.to(wide) / step, n)
         codes = torch.maximum(codes, -n) if signed else codes.clamp(min=0)
@@ -117,7 +109,7 @@ class _Quantize(torch.autograd.Function):
                 slope = torch.addcmul(out, x.clamp(-most, most), inside, value=-1)
             else:
                 slope = torch.addcmul(out, out, inside, value=-1)
-            slope = slope.to(_wide(x.dtype)) * grads[0]
+            slope = slope.to(wide_dtype(x)) * grads[0]
             grad_alpha = (slope.sum_to_size(alpha.shape) / alpha).to(alpha.dtype)
         return grad_x, grad_alpha, None, None, None
 
@@ -142,7 +134,7 @@ def _quantize(x: Tensor, alpha: Tensor, n: Tensor, signed: bool, lsq: bool) -> T
 
 def _nearest_level(x: Tensor, alpha: Tensor, n: int, signed: bool, lsq: bool) -> Tensor:
     """Quantise by looking for the nearest entry of a table of levels; a tie goes to the even code."""
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x)
     value, alpha = x.to(wide), alpha.to(wide)
     codes = torch.arange(-n if signed else 0, n + 1, device=x.device, dtype=wide)
     distance = ((value / (alpha / n)).detach()[..., None] - codes).abs()
@@ -218,9 +210,8 @@ def uniform_quantize(
     >>> uniform_quantize(x, 1.0, 2, signed=False).mul(3).tolist()
     [0.0, 0.0, 0.0, 1.0, 2.0]
     """
-    check_tensor(x, "x")
     check_floating(x, "x")
-    _check_flag(signed, "signed")
+    check_flag(signed, "signed")
     n = _levels(bits, signed)
     check_one_of(grad, "grad", _GRADIENTS)
     check_one_of(backend, "backend", _BACKENDS)
@@ -240,10 +231,10 @@ def uniform_quantize(
         check_finite(alpha, "alpha")
     else:
         check_positive(alpha, "alpha")
-        alpha = torch.tensor(alpha, dtype=_wide(x.dtype), device=x.device)
+        alpha = torch.tensor(alpha, dtype=wide_dtype(x), device=x.device)
     if backend == "reference":
         return _nearest_level(x, alpha, n, signed, grad == "lsq")
-    top = torch.tensor(float(n), dtype=_wide(x.dtype), device=x.device)
+    top = torch.tensor(float(n), dtype=wide_dtype(x), device=x.device)
     return _quantize(x, alpha, top, signed, grad == "lsq")
 
 
@@ -280,13 +271,12 @@ def reshape_clip(w: Tensor, k: float = 2.0) -> Tensor:
     >>> reshape_clip(torch.tensor([-4.0, 0.5, 0.5, 1.0])).tolist()  # T = 2 * 1.5
     [-3.0, 0.5, 0.5, 1.0]
     """
-    check_tensor(w, "w")
     check_floating(w, "w")
     check_finite(w, "w")
     check_positive(k, "k")
     if not w.numel():
         return w.clone()
-    limit = (k * w.detach().abs().to(_wide(w.dtype)).mean()).to(w.dtype)
+    limit = (k * w.detach().abs().to(wide_dtype(w)).mean()).to(w.dtype)
     clipped: Tensor = torch.clamp(w, -limit, limit)
     return clipped
 
@@ -421,14 +411,13 @@ def expected_average_bits(theta: Tensor, flops: Tensor, products: Tensor) -> Ten
     >>> round(expected_average_bits(theta, torch.ones(3), products).item(), 3)
     4.047
     """
-    check_tensor(theta, "theta")
     check_floating(theta, "theta")
     if theta.ndim < 2 or not theta.shape[-1] or not theta.shape[-2]:
         raise ValueError(f"theta: expected shape (..., N, m), got {tuple(theta.shape)}")
     check_finite(theta, "theta")
     cost, weight = _check_products(products, theta.shape), _check_flops(flops, theta.shape[-2])
     check_same_device([("theta", theta), ("flops", flops), ("products", products)])
-    return _expected_bits(theta.to(_wide(theta.dtype)).softmax(-1), weight, cost)
+    return _expected_bits(theta.to(wide_dtype(theta)).softmax(-1), weight, cost)
 
 
 def barrier_penalty(
@@ -477,7 +466,6 @@ def barrier_penalty(
     >>> [round(v, 2) for v in barrier_penalty(E, budget=3.0, mu=0.1).tolist()]
     [0.04, 0.44, 2.97]
     """
-    check_tensor(E, "E")
     check_floating(E, "E")
     if isinstance(budget, Tensor):
         check_finite(budget, "budget")
@@ -487,9 +475,9 @@ def barrier_penalty(
         check_positive(budget, "budget")
     check_positive(mu, "mu")
     check_positive(delta0, "delta0")
-    _check_flag(extend, "extend")
+    check_flag(extend, "extend")
     check_finite(E, "E")
-    slack = budget - E.to(_wide(E.dtype))
+    slack = budget - E.to(wide_dtype(E))
     if not extend:
         if slack.numel() and float(slack.detach().min()) <= 0:
             raise ValueError(
@@ -503,7 +491,6 @@ def barrier_penalty(
 
 
 def _check_simplex(p: Any, name: str, dim: int = -1) -> None:
-    check_tensor(p, name)
     check_floating(p, name)
     if not p.ndim or not -p.ndim <= dim < p.ndim or not p.shape[dim]:
         raise ValueError(f"{name}: expected candidates in dimension {dim}, got {tuple(p.shape)}")
@@ -554,7 +541,7 @@ def prob1(p: Tensor, dim: int = -1) -> Tensor:
     [0.0, 0.25]
     """
     _check_simplex(p, "p", dim)
-    return (1 - p.to(_wide(p.dtype))).prod(dim)
+    return (1 - p.to(wide_dtype(p))).prod(dim)
 
 
 def argmax_feasible_bound(p: Tensor, E: Tensor | float) -> Tensor:
@@ -596,7 +583,7 @@ def argmax_feasible_bound(p: Tensor, E: Tensor | float) -> Tensor:
     if p.ndim < 2 or not p.shape[-2]:
         raise ValueError(f"p: expected shape (..., N, m), got {tuple(p.shape)}")
     _check_simplex(p, "p")
-    least = p.to(_wide(p.dtype)).amax(-1).amin(-1)
+    least = p.to(wide_dtype(p)).amax(-1).amin(-1)
     if isinstance(E, Tensor):
         check_floating(E, "E")
         check_finite(E, "E")
@@ -881,7 +868,7 @@ class MixedPrecisionConv2d(nn.Conv2d):
 
     @staticmethod
     def _check_candidates(candidates: Any, signed_input: Any) -> tuple[tuple[int, int], ...]:
-        _check_flag(signed_input, "signed_input")
+        check_flag(signed_input, "signed_input")
         if not isinstance(candidates, Sequence) or isinstance(candidates, str):
             raise TypeError(f"candidates: expected a sequence of pairs, got {candidates!r}")
         pairs = []
@@ -935,7 +922,7 @@ class MixedPrecisionConv2d(nn.Conv2d):
         generator
             For the draw. Default: PyTorch's global one.
         """
-        _check_flag(greedy, "greedy")
+        check_flag(greedy, "greedy")
         p = self.probabilities().detach()
         if greedy:
             return int(p.argmax())
@@ -1034,8 +1021,7 @@ class MixedPrecisionConv2d(nn.Conv2d):
         ValueError
             ``x`` of another shape, ``p`` of another shape.
         """
-        check_tensor(x, "x", ndim=4)
-        check_floating(x, "x")
+        check_floating(x, "x", ndim=4)
         check_shape(x, "x", (None, self.in_channels, None, None))
         if self.choice is not None:
             return self._single(x)

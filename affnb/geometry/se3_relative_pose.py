@@ -18,7 +18,7 @@ eigenvalue problems behind these solvers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal, NamedTuple
@@ -31,12 +31,13 @@ from torch import Tensor
 from affnb.checks import (
     check_at_least,
     check_finite,
+    check_flag,
     check_floating,
+    check_integer,
     check_one_of,
     check_positive,
     check_same_device,
     check_shape,
-    check_tensor,
 )
 from affnb.kernels import uncompiled
 
@@ -163,7 +164,6 @@ class PoseEstimate(NamedTuple):
 
 def _real(value: Any, name: str, tail: Sequence[int | None]) -> Tensor:
     """Check a floating tensor whose last dimensions are ``tail`` and return it in float64."""
-    check_tensor(value, name)
     check_floating(value, name)
     shape = (*value.shape[: max(0, value.ndim - len(tail))], *tail)
     if value.ndim < len(tail):
@@ -205,7 +205,6 @@ def hat(v: Tensor) -> Tensor:
             [ 3.,  0., -1.],
             [-2.,  1.,  0.]])
     """
-    check_tensor(v, "v")
     check_floating(v, "v")
     check_shape(v, "v", (*v.shape[:-1], 3))
     return _hat(v)
@@ -589,8 +588,7 @@ def essential_nullspace(q1: Tensor, q2: Tensor, *, trace_row: bool = False) -> T
     torch.Size([7, 4, 3, 3])
     """
     q1, q2 = _pairs(q1, q2, None)
-    if not isinstance(trace_row, bool):
-        raise TypeError(f"trace_row: expected a bool, got {trace_row!r}")
+    check_flag(trace_row, "trace_row")
     if q1.shape[-2] + trace_row > 8:
         raise ValueError(f"q1: expected at most {8 - trace_row} points, got {q1.shape[-2]}")
     return _nullspace(q1.detach(), q2.detach(), trace_row)
@@ -726,8 +724,7 @@ def sampson_distance(
     q1, q2 = _pairs(q1, q2, None)
     check_same_device([("q1", q1), ("E", E)])
     for flag, name in ((squared, "squared"), (spherical, "spherical")):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+        check_flag(flag, name)
     _check_leading(E, "E", q1)
     first, second = _on_surface(q1, "q1", spherical), _on_surface(q2, "q2", spherical)
     square = _sampson_squared(E, first, second, spherical)
@@ -1298,8 +1295,6 @@ def _pure_rotation(
 # The solvers
 # --------------------------------------------------------------------------------------------------
 
-_Start = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-
 
 def _bearings(q1: Any, q2: Any, n: int) -> tuple[Tensor, Tensor]:
     first, second = _pairs(q1, q2, n)
@@ -1683,8 +1678,7 @@ def solve_known_angle(
     True
     """
     check_one_of(backend, "backend", _BACKENDS)
-    if not isinstance(planar, bool):
-        raise TypeError(f"planar: expected a bool, got {planar!r}")
+    check_flag(planar, "planar")
     first, second = _bearings(q1, q2, 3 if planar else 4)
     angle = _angle(theta, first.shape[:-2], first)
     return _solve(first, second, angle, planar, 12 if planar else 20, backend)
@@ -1838,14 +1832,11 @@ def ransac_relative_pose(
     check_one_of(solver, "solver", tuple(_POINTS))
     first, second = _pairs(q1, q2, None)
     check_positive(threshold, "threshold")
-    if not isinstance(spherical, bool):
-        raise TypeError(f"spherical: expected a bool, got {spherical!r}")
+    check_flag(spherical, "spherical")
     if fallback_samples is None:
         fallback_samples = 0 if solver in ("5p", "2p_to") else 20
     for count, name, least in ((samples, "samples", 1), (fallback_samples, "fallback_samples", 0)):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name}: expected an integer, got {count!r}")
-        check_at_least(count, name, least)
+        check_integer(count, name, least)
     needed = max(_POINTS[solver], 2 if fallback_samples else 0)
     if first.shape[-2] < needed:
         raise ValueError(f"q1: expected at least {needed} points, got {first.shape[-2]}")

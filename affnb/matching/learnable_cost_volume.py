@@ -13,7 +13,6 @@ matrix that the Cayley transform asks for. It is what the tests compare with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from affnb import kernels
 from affnb.checks import (
     check_finite,
     check_floating,
+    check_integer,
     check_one_of,
     check_positive,
     check_same_device,
@@ -33,6 +33,7 @@ from affnb.checks import (
     check_tensor,
 )
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 __all__ = [
     "CayleySPD",
@@ -65,36 +66,17 @@ _COLUMNS_CPU, _COLUMNS_CUDA = 24, 64
 _LARGEST_T = 1e15
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _integer(value: Any, name: str, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
-    return value
-
-
-def _check_all_finite(x: Tensor, name: str) -> None:
-    # A finite sum has finite terms; the full check is needed only where the sum is not.
-    if not math.isfinite(float(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
-        check_finite(x, name)
-
-
 # --------------------------------------------------------------------------------------------------
 # Rotations: the Cayley transform
 # --------------------------------------------------------------------------------------------------
 
 
 def _check_matrix(value: Tensor, name: str) -> None:
-    check_tensor(value, name)
     check_floating(value, name)
     check_square(value, name)
     # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
     if not torch.compiler.is_compiling():
-        _check_all_finite(value, name)
+        check_finite(value, name)
 
 
 def _off_by(difference: Tensor, scale: Tensor) -> float:
@@ -150,7 +132,7 @@ def cayley(skew: Tensor, *, backend: Backend = "auto") -> Tensor:
                 f"negative by {off:.1e} of the largest entry"
             )
     with torch.autocast(skew.device.type, enabled=False):
-        s = _at_least_float32(skew)
+        s = skew.to(wide_dtype(skew))
         eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
         if backend == "reference":
             inverse: Tensor = torch.linalg.inv(eye + s)
@@ -195,7 +177,7 @@ def inverse_cayley(rotation: Tensor) -> Tensor:
     """
     _check_matrix(rotation, "rotation")
     with torch.autocast(rotation.device.type, enabled=False):
-        p = _at_least_float32(rotation)
+        p = rotation.to(wide_dtype(rotation))
         eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
         if p.numel() and not torch.compiler.is_compiling():
             _check_orthogonal(p, eye)
@@ -333,11 +315,10 @@ def atan_positive(t: Tensor) -> Tensor:
     >>> atan_positive(torch.tensor([0.0, 1.0, -1.0, 1e8]))
     tensor([1.0000e+00, 3.0000e+00, 3.3333e-01, 3.1416e+08])
     """
-    check_tensor(t, "t")
     check_floating(t, "t")
     if not torch.compiler.is_compiling():
-        _check_all_finite(t, "t")
-    x = _at_least_float32(t).clamp(-_LARGEST_T, _LARGEST_T)
+        check_finite(t, "t")
+    x = t.to(wide_dtype(t)).clamp(-_LARGEST_T, _LARGEST_T)
     one = torch.ones_like(x)
     return torch.atan2(one, -x) / torch.atan2(one, x)
 
@@ -372,13 +353,12 @@ def inverse_atan_positive(value: Tensor) -> Tensor:
     >>> inverse_atan_positive(torch.tensor([1.0, 3.0, 1e-3]))
     tensor([   0.0000,    1.0000, -318.6271])
     """
-    check_tensor(value, "value")
     check_floating(value, "value")
     if not torch.compiler.is_compiling():
-        _check_all_finite(value, "value")
+        check_finite(value, "value")
         if bool((value <= 0).any()):
             raise ValueError(f"value: expected positive numbers, got {float(value.min()):.3g}")
-    x = _at_least_float32(value)
+    x = value.to(wide_dtype(value))
     small = torch.minimum(x, 1 / x)  # t changes its sign, and no more, from lambda to 1 / lambda
     angle = torch.pi * small / (1 + small)
     near = torch.tan(torch.pi / 2 * (1 - small) / (1 + small))
@@ -424,8 +404,7 @@ class CayleySPDParametrization(nn.Module):
         r"""Return :math:`Q = \Lambda^{1/2} P` with ``Q.mT @ Q = W`` (Eq. 10), shape ``(n, n)``."""
         check_tensor(t, "t", ndim=1)
         n = len(t)
-        check_tensor(skew, "skew", ndim=1)
-        check_floating(skew, "skew")
+        check_floating(skew, "skew", ndim=1)
         if len(skew) != n * (n - 1) // 2:
             raise ValueError(
                 f"skew: expected n (n - 1) / 2 = {n * (n - 1) // 2} numbers for n = {n}, got {len(skew)}"
@@ -447,7 +426,7 @@ class CayleySPDParametrization(nn.Module):
         """
         check_tensor(weight, "weight", ndim=2)
         _check_weight(weight, len(weight))
-        values, vectors = torch.linalg.eigh(_at_least_float32(weight.detach()).double())
+        values, vectors = torch.linalg.eigh(weight.detach().double())
         if values.numel() and float(values[0]) <= 0:
             raise ValueError(
                 f"weight: expected a positive definite matrix, got the eigenvalue {float(values[0]):.3g}"
@@ -503,7 +482,7 @@ class CayleySPD(nn.Module):
 
     def __init__(self, channels: int, init: Init = "identity") -> None:
         super().__init__()
-        _integer(channels, "channels", 1)
+        check_integer(channels, "channels", 1)
         check_one_of(init, "init", ("identity", "perturbed"))
         self.channels = channels
         self.skew = nn.Parameter(torch.zeros(channels * (channels - 1) // 2))
@@ -545,12 +524,11 @@ class CayleySPD(nn.Module):
 
 
 def _check_weight(weight: Tensor, channels: int) -> None:
-    check_tensor(weight, "weight")
     check_floating(weight, "weight")
     check_shape(weight, "weight", (channels, channels))
     if torch.compiler.is_compiling():
         return
-    _check_all_finite(weight, "weight")
+    check_finite(weight, "weight")
     off = _off_by(weight - weight.mT, weight)
     if off > _TOLERANCE:
         raise ValueError(
@@ -566,13 +544,14 @@ def _check_radius(radius: Any) -> tuple[int, int]:
         down, right = radius
     else:
         down = right = radius
-    return _integer(down, "radius", 0), _integer(right, "radius", 0)
+    for length in (down, right):
+        check_integer(length, "radius", 0)
+    return down, right
 
 
 def _check_pair(f1: Tensor, f2: Tensor, weight: Tensor | None) -> None:
     for value, name in ((f1, "f1"), (f2, "f2")):
-        check_tensor(value, name, ndim=4)
-        check_floating(value, name)
+        check_floating(value, name, ndim=4)
     check_shape(f2, "f2", f1.shape)
     if f1.shape[1] == 0:
         raise ValueError(f"f1: expected at least one channel, got shape {tuple(f1.shape)}")
@@ -580,8 +559,8 @@ def _check_pair(f1: Tensor, f2: Tensor, weight: Tensor | None) -> None:
         _check_weight(weight, f1.shape[1])
     check_same_device([("f1", f1), ("f2", f2), ("weight", weight)])
     if not torch.compiler.is_compiling():
-        _check_all_finite(f1, "f1")
-        _check_all_finite(f2, "f2")
+        check_finite(f1, "f1")
+        check_finite(f2, "f2")
 
 
 def _pad(x: Tensor, radius: tuple[int, int], padding: str) -> Tensor:
@@ -828,10 +807,7 @@ def _check_options(radius: Any, padding: Any, backend: Any) -> tuple[int, int]:
 def _same_dtype(
     f1: Tensor, f2: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    given = [f1, f2] if weight is None else [f1, f2, weight]
-    dtype = torch.float32
-    for x in given:
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = wide_dtype(f1, f2) if weight is None else wide_dtype(f1, f2, weight)
     return f1.to(dtype), f2.to(dtype), None if weight is None else weight.to(dtype)
 
 
@@ -944,7 +920,7 @@ def matching_score(
 
 
 def _check_no_negative(weight: Tensor) -> None:
-    w = _at_least_float32(weight.detach())
+    w = weight.detach().to(wide_dtype(weight))
     shift = 1e-5 * w.diagonal().mean().abs() + torch.finfo(w.dtype).tiny
     lifted = w + shift * torch.eye(len(w), dtype=w.dtype, device=w.device)
     if int(torch.linalg.cholesky_ex(lifted).info):
@@ -990,18 +966,15 @@ def soft_argmax_flow(cost: Tensor, *, temperature: float = 1.0) -> Tensor:
     >>> soft_argmax_flow(cost).flatten()
     tensor([ 1., -1.])
     """
-    check_tensor(cost, "cost", ndim=5)
-    check_floating(cost, "cost")
+    check_floating(cost, "cost", ndim=5)
     check_positive(temperature, "temperature")
     u, v = cost.shape[1:3]
     if u % 2 == 0 or v % 2 == 0:
         raise ValueError(f"cost: expected a window of odd sides, got {u} x {v}")
     if cost.numel() and not torch.compiler.is_compiling():
-        best = cost.detach().amax((1, 2))
-        if not math.isfinite(float(best.sum(dtype=torch.promote_types(best.dtype, torch.float32)))):
-            check_finite(best, "cost (largest of each window)")
+        check_finite(cost.detach().amax((1, 2)), "cost (largest of each window)")
     with torch.autocast(cost.device.type, enabled=False):
-        x = _at_least_float32(cost) / temperature
+        x = cost.to(wide_dtype(cost)) / temperature
         weights = x.flatten(1, 2).softmax(1).view(x.shape)
         steps = [torch.arange(n, dtype=x.dtype, device=x.device) - n // 2 for n in (v, u)]
         right = (weights.sum(1) * steps[0][:, None, None]).sum(1)

@@ -25,23 +25,27 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from affnb.checks import (
     check_at_least,
+    check_between,
     check_bool,
     check_differentiated_once,
     check_finite,
+    check_flag,
     check_floating,
+    check_integer,
     check_labels,
+    check_norms,
     check_one_of,
     check_positive,
     check_same_device,
     check_shape,
     check_tensor,
 )
-from affnb.distributed import check_group, raise_together
+from affnb.distributed import check_group, check_together
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,20 +73,9 @@ _BLOCK_CPU = 2**22
 _BLOCK_CUDA = 2**26
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # --------------------------------------------------------------------------------------------------
 # Cosines with a margin
 # --------------------------------------------------------------------------------------------------
-
-
-def _check_count(value: Any, name: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
 
 
 def _check_margin(scale: float, margin: float, kind: str) -> None:
@@ -98,11 +91,8 @@ def _check_directions(x: Tensor, name: str, eps: float = 0.0) -> None:
     # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
     if torch.compiler.is_compiling() or not x.numel():
         return
-    norms = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=_wide(x))
-    low, high = float(norms.amin()), float(norms.amax())
-    if not math.isfinite(high):  # NaN comes out of both
-        check_finite(x, name)
-        raise ValueError(f"{name}: expected rows whose norm is finite, got an overflow")
+    norms = check_norms(x, name)
+    low = float(norms.amin())
     if low <= eps:
         raise ValueError(
             f"{name}: expected rows longer than {eps:g}, got row {int(norms.argmin())} of length {low:.3g}"
@@ -110,10 +100,8 @@ def _check_directions(x: Tensor, name: str, eps: float = 0.0) -> None:
 
 
 def _check_batch(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
-    check_tensor(weight, "weight", ndim=2)
-    check_floating(weight, "weight")
-    check_tensor(embeddings, "embeddings", ndim=2)
-    check_floating(embeddings, "embeddings")
+    check_floating(weight, "weight", ndim=2)
+    check_floating(embeddings, "embeddings", ndim=2)
     check_shape(embeddings, "embeddings", (None, weight.shape[1]))
     check_tensor(labels, "labels")
     check_same_device([("weight", weight), ("embeddings", embeddings), ("labels", labels)])
@@ -129,30 +117,29 @@ def _with_margin(cosine: Tensor, margin: float, kind: str) -> tuple[Tensor, Tens
         return cosine - margin, torch.ones_like(cosine)
     cos_m, sin_m = math.cos(margin), math.sin(margin)
     # cos(theta + m) by the sum of angles; the root's slope is infinite at +-1, hence the floor below.
-    sine = (1 - cosine.square()).clamp(min=0).sqrt()
+    square = 1 - cosine.square()
+    sine = square.clamp(min=0).sqrt()
     # Beyond theta = pi - m the cosine would rise again: go on with slope 1, without a jump.
     past = cosine < -cos_m
     value = torch.where(past, cosine + (cos_m - 1), cosine * cos_m - sine * sin_m)
-    floor = math.sqrt(torch.finfo(cosine.dtype).eps)
-    slope = torch.where(past, 1.0, cos_m + cosine / sine.clamp(min=floor) * sin_m)
+    floored = square.clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+    slope = torch.where(past, 1.0, cos_m + cosine / floored * sin_m)
     return value, slope
 
 
-class _TrueClassMargin(torch.autograd.Function):
-    """Put the margin on one entry of each row."""
+class _Margin(torch.autograd.Function):
+    """Cosines of the true class with the margin; their slope stays finite at +-1."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, labels: Tensor, margin: float, kind: str) -> Tensor:
-        value, slope = _with_margin(cosine.gather(1, labels), margin, kind)
-        ctx.save_for_backward(labels, slope)
-        return cosine.scatter(1, labels, value)
+    def forward(ctx: Any, cosine: Tensor, margin: float, kind: str) -> Tensor:
+        ctx.save_for_backward(cosine)
+        ctx.margin, ctx.kind = margin, kind
+        return _with_margin(cosine, margin, kind)[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        labels, slope = ctx.saved_tensors
-        changed = grads[0].gather(1, labels) * slope
-        return grads[0].scatter(1, labels, changed), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (cosine,) = ctx.saved_tensors
+        return grads[0] * _with_margin(cosine, ctx.margin, ctx.kind)[1], None, None
 
 
 def _margin_logits(
@@ -160,15 +147,14 @@ def _margin_logits(
 ) -> Tensor:
     _check_margin(scale, margin, kind)
     _check_batch(embeddings, weight, labels)
-    dtype = torch.promote_types(_wide(embeddings), _wide(weight))
+    dtype = wide_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         e_hat = nn.functional.normalize(embeddings.to(dtype))
         w_hat = nn.functional.normalize(weight.to(dtype))
         cosine = (e_hat @ w_hat.T).clamp(-1, 1)
-        result: Tensor = _TrueClassMargin.apply(  # type: ignore[no-untyped-call]
-            cosine, labels.long()[:, None], margin, kind
-        )
-        return scale * result
+        true = labels.long()[:, None]
+        moved: Tensor = _Margin.apply(cosine.gather(1, true), margin, kind)  # type: ignore[no-untyped-call]
+        return scale * cosine.scatter(1, true, moved)
 
 
 def arcface_logits(
@@ -214,8 +200,8 @@ def arcface_logits(
     Where :math:`\theta + m > \pi` the cosine would rise with the angle. There the true class gets
     :math:`\cos\theta + \cos m - 1` instead: slope 1 in the cosine, as in ArcFace's published code,
     but without the jump of that code, which subtracts :math:`m \sin m`. Gradients are finite also
-    where an embedding and an identity vector coincide. Time ``O(B C D)``, memory ``O(B C)``; to
-    train, :func:`margin_cross_entropy` needs much less.
+    where an embedding and an identity vector coincide, second derivatives too. Time ``O(B C D)``,
+    memory ``O(B C)``; to train, :func:`margin_cross_entropy` needs much less.
 
     Examples
     --------
@@ -378,7 +364,7 @@ def _mean_loss(
     backend: str,
 ) -> Tensor:
     """:func:`margin_cross_entropy` without its checks."""
-    dtype = torch.promote_types(_wide(embeddings), _wide(weight))
+    dtype = wide_dtype(embeddings, weight)
     e, w, y = embeddings.to(dtype), weight.to(dtype), labels.long()
     run = _sum_auto if backend == "auto" else _sum_reference
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -473,20 +459,14 @@ def margin_cross_entropy(
     >>> margin_cross_entropy(embeddings, weight, torch.tensor([0]), scale=8.0)
     tensor(0.0009)
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         _check_margin(scale, margin, kind)
         check_one_of(reduction, "reduction", ("mean", "sum"))
         check_one_of(backend, "backend", ("auto", "reference"))
         _check_batch(embeddings, weight, labels)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
+
+    check_together(check, group)
     return _mean_loss(
         embeddings,
         weight,
@@ -551,7 +531,6 @@ def compensate(
     named = [("embeddings", embeddings), ("proxy_old", proxy_old), ("proxy_new", proxy_new)]
     check_at_least(eps, "eps", 0)
     for name, x in named:
-        check_tensor(x, name)
         check_floating(x, name)
         check_shape(x, name, embeddings.shape)
     check_same_device(named)
@@ -617,8 +596,8 @@ class EmbeddingQueue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        _check_count(size, "size", 0)
-        _check_count(dim, "dim", 1)
+        check_integer(size, "size", 0)
+        check_integer(dim, "dim", 1)
         self.size, self.dim = size, dim
         self._written = 0  # rows enqueued so far, of which the last `size` are kept
         self.register_buffer("embeddings", torch.zeros(size, dim))
@@ -660,7 +639,6 @@ class EmbeddingQueue(nn.Module):
         check_tensor(embeddings, "embeddings", ndim=2)
         count = embeddings.shape[0]
         for name, x in (("embeddings", embeddings), ("proxies", proxies)):
-            check_tensor(x, name)
             check_floating(x, name)
             check_shape(x, name, (count, self.dim))
         check_labels(labels, "labels", length=count)
@@ -826,12 +804,11 @@ class BroadFaceHead(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_count(num_classes, "num_classes", 1)
-        _check_count(dim, "dim", 1)
-        _check_count(queue_size, "queue_size", 0)
+        check_integer(num_classes, "num_classes", 1)
+        check_integer(dim, "dim", 1)
+        check_integer(queue_size, "queue_size", 0)
         _check_margin(scale, margin, kind)
-        if not isinstance(compensate, bool):
-            raise TypeError(f"compensate: expected a bool, got {compensate!r}")
+        check_flag(compensate, "compensate")
         if group is not None:
             check_group(group)
         check_one_of(backend, "backend", ("auto", "reference"))
@@ -916,20 +893,16 @@ class BroadFaceHead(nn.Module):
         )
 
     def _validate(self, embeddings: Tensor, labels: Tensor) -> None:
-        error: Exception | None = None
-        try:
+
+        def check() -> None:
             _check_batch(embeddings, self.weight, labels)
             if self.training and 0 < self.queue.size < len(labels):
                 raise ValueError(
                     f"embeddings: expected at most {self.queue.size} rows (the size of the queue), "
                     f"got {len(labels)}"
                 )
-        except (TypeError, ValueError) as caught:
-            error = caught
-        if self.group is not None:
-            raise_together(error, self.group)
-        elif error is not None:
-            raise error
+
+        check_together(check, self.group)
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""
@@ -985,9 +958,7 @@ def tar_at_far(similarities: Tensor, same: Tensor, far: Sequence[float]) -> Tens
     >>> tar_at_far(scores, same, [0.0, 0.5])
     tensor([0.3333, 1.0000], dtype=torch.float64)
     """
-    check_tensor(similarities, "similarities", ndim=1)
-    check_floating(similarities, "similarities")
-    check_tensor(same, "same")
+    check_floating(similarities, "similarities", ndim=1)
     check_bool(same, "same")
     check_shape(same, "same", similarities.shape)
     check_same_device([("similarities", similarities), ("same", same)])
@@ -995,9 +966,7 @@ def tar_at_far(similarities: Tensor, same: Tensor, far: Sequence[float]) -> Tens
     if not isinstance(far, Sequence) or isinstance(far, str):
         raise TypeError(f"far: expected a sequence of numbers, got {far!r}")
     for rate in far:
-        check_at_least(rate, "far", 0)
-        if rate > 1:
-            raise ValueError(f"far: expected numbers in [0, 1], got {rate!r}")
+        check_between(rate, "far", 0, 1)
     if bool(same.all()) or not bool(same.any()):
         raise ValueError("same: expected pairs of both kinds, got only one")
     genuine = similarities[same].sort().values
@@ -1063,9 +1032,9 @@ def drift_report(queue: EmbeddingQueue, current: Tensor, weight: Tensor) -> Drif
     Returns
     -------
     DriftReport
-        float64 except for ``age``. For a single entry the correction :math:`\hat\rho` brings the
+        float64 except for ``age``. For a single entry the correction :math:`\rho` brings the
         entry closer to its present self, in Euclidean distance, if and only if its cosine to the
-        drift :math:`\varepsilon` is above :math:`\|\hat\rho\| / (2 \|\varepsilon\|)`.
+        drift :math:`\Delta` is above :math:`\|\rho\| / (2 \|\Delta\|)`.
 
     Raises
     ------
@@ -1094,14 +1063,12 @@ def drift_report(queue: EmbeddingQueue, current: Tensor, weight: Tensor) -> Drif
     if not bool(valid.any()):
         raise ValueError("queue: expected at least one entry, got an empty queue")
     labels, age = queue.labels[valid], queue.age[valid]
-    check_tensor(weight, "weight")
     check_floating(weight, "weight")
     check_shape(weight, "weight", (None, queue.dim))
     if int(labels.max()) >= len(weight):
         raise ValueError(
             f"weight: expected a row for each label, up to {int(labels.max())}, got {len(weight)} rows"
         )
-    check_tensor(current, "current")
     check_floating(current, "current")
     check_shape(current, "current", (queue.size, queue.dim))
     check_same_device([("queue", age), ("current", current), ("weight", weight)])

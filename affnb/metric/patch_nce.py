@@ -15,7 +15,6 @@ overflows (in float32 a logit above 88) gives an infinite or undefined loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,18 +24,24 @@ from torch import Tensor, nn
 from affnb import kernels
 from affnb.checks import (
     check_differentiated_once,
-    check_finite,
+    check_flag,
     check_floating,
     check_integer,
     check_labels,
+    check_norms,
     check_one_of,
     check_positive,
     check_same_device,
     check_shape,
-    check_tensor,
 )
-from affnb.distributed import all_gather_uneven, check_group, gather_with_grad, raise_together
+from affnb.distributed import (
+    all_gather_uneven,
+    check_group,
+    check_together,
+    gather_with_grad,
+)
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,27 +71,20 @@ _BLOCK_CUDA = 2**25
 # --------------------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check_options(
     temperature: float, negatives: str, detach_key: bool, group: ProcessGroup | None, backend: str
 ) -> None:
     check_positive(temperature, "temperature")
     check_one_of(negatives, "negatives", ("image", "batch"))
-    if not isinstance(detach_key, bool):
-        raise TypeError(f"detach_key: expected a bool, got {detach_key!r}")
+    check_flag(detach_key, "detach_key")
     check_one_of(backend, "backend", ("auto", "reference"))
     if group is not None:
         check_group(group)
 
 
 def _check_features(query: Tensor, key: Tensor, temperature: float, negatives: str) -> None:
-    check_tensor(query, "query", ndim=3)
-    check_floating(query, "query")
-    check_tensor(key, "key", ndim=3)
-    check_floating(key, "key")
+    check_floating(query, "query", ndim=3)
+    check_floating(key, "key", ndim=3)
     check_shape(key, "key", query.shape)
     check_same_device([("query", query), ("key", key)])
     if negatives == "image" and query.shape[1] < 2:
@@ -97,18 +95,11 @@ def _check_features(query: Tensor, key: Tensor, temperature: float, negatives: s
     # Looking at values would break the graph while torch.compile traces, so it sees shapes only.
     if torch.compiler.is_compiling() or not query.numel():
         return
-    # One reduction each finds NaN, infinities, and what would overflow in a product.
-    longest = []
-    for name, features in (("query", query), ("key", key)):
-        norms = torch.linalg.vector_norm(features.detach(), dim=-1, dtype=_wide(features))
-        longest.append(float(norms.amax()))
-        if not math.isfinite(longest[-1]):
-            check_finite(features, name)
-            raise ValueError(f"{name}: expected vectors whose norm is finite, got an overflow")
+    longest = [float(check_norms(x, n).amax()) for x, n in ((query, "query"), (key, "key"))]
     bound = longest[0] * longest[1] / temperature
-    if bound > torch.finfo(_wide(query)).max / 4:
+    if bound > torch.finfo(wide_dtype(query)).max / 4:
         raise ValueError(
-            f"temperature: expected logits that {_wide(query)} can hold, got {temperature!r} for "
+            f"temperature: expected logits that {wide_dtype(query)} can hold, got {temperature!r} for "
             f"norms of up to {longest[0]:.3g} (query) and {longest[1]:.3g} (key)"
         )
 
@@ -296,18 +287,12 @@ def patch_nce_loss(
     >>> patch_nce_loss(key.flip(1), key, temperature=1.0)  # every patch finds another one
     tensor(1.7437)
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         _check_options(temperature, negatives, detach_key, group, backend)
         _check_features(query, key, temperature, negatives)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
+
+    check_together(check, group)
     if group is None and negatives == "image":
         return _patch_nce(query, key, temperature, negatives, detach_key, group, backend)
     return _patch_nce_uncompiled(query, key, temperature, negatives, detach_key, group, backend)
@@ -331,7 +316,7 @@ def _patch_nce(
     if shared and patches == 1:
         raise ValueError("query: expected at least two patches in the batch, got 1")
     with torch.autocast(query.device.type, enabled=False):
-        wide = torch.promote_types(_wide(query), _wide(key))
+        wide = wide_dtype(query, key)
         query, key = query.to(wide) / temperature, key.to(wide)
         if detach_key:
             key = key.detach()
@@ -529,15 +514,14 @@ class PatchProjector(nn.Module):
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """Return the unit vectors (B, P, dim) of the places ``ids`` (P,) of ``features`` (B, C, H, W)."""
-        check_tensor(features, "features", ndim=4)
-        check_floating(features, "features")
+        check_floating(features, "features", ndim=4)
         check_shape(features, "features", (None, self.channels, None, None))
         places = features.shape[2] * features.shape[3]
         tracing = torch.compiler.is_compiling()  # values cannot be looked at then
         check_labels(ids, "ids", num_classes=None if tracing else places)
         at_places = features.flatten(2)[:, :, ids.to(features.device)].mT
         projected: Tensor = self.mlp(at_places)
-        projected = projected.to(_wide(projected))
+        projected = projected.to(wide_dtype(projected))
         length = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
         # Where the length is 0 so is the factor, and with it the gradient.
         factor = length.clamp(min=1e-12).reciprocal().masked_fill(length < 1e-12, 0.0)
@@ -737,7 +721,6 @@ def lsgan_g(fake: Tensor) -> Tensor:
 
 
 def _check_scores(scores: Tensor, name: str) -> None:
-    check_tensor(scores, name)
     check_floating(scores, name)
     if not scores.numel():
         raise ValueError(f"{name}: expected at least one score, got shape {tuple(scores.shape)}")

@@ -35,16 +35,24 @@ from affnb.checks import (
     check_bool,
     check_differentiated_once,
     check_finite,
+    check_flag,
     check_floating,
+    check_integer,
+    check_integers,
     check_labels,
     check_one_of,
     check_positive,
     check_same_device,
     check_shape,
-    check_tensor,
 )
-from affnb.distributed import all_gather_uneven, check_group, gather_with_grad, raise_together
+from affnb.distributed import (
+    all_gather_uneven,
+    check_group,
+    check_together,
+    gather_with_grad,
+)
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,23 +82,16 @@ _QUERIES = 512
 _NORM_SLACK = 0.02
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 # --------------------------------------------------------------------------------------------------
 # Rows of scores
 # --------------------------------------------------------------------------------------------------
 
 
 def _check_scores(scores: Tensor, relevance: Tensor, valid: Tensor | None) -> None:
-    check_tensor(scores, "scores", ndim=2)
-    check_floating(scores, "scores")
-    check_tensor(relevance, "relevance")
+    check_floating(scores, "scores", ndim=2)
     check_bool(relevance, "relevance")
     check_shape(relevance, "relevance", scores.shape)
     if valid is not None:
-        check_tensor(valid, "valid")
         check_bool(valid, "valid")
         check_shape(valid, "valid", scores.shape)
     check_same_device([("scores", scores), ("relevance", relevance), ("valid", valid)])
@@ -202,7 +203,7 @@ def _smooth_auto(
     scores: Tensor, relevance: Tensor, temperature: float, valid: Tensor | None
 ) -> Tensor:
     with torch.autocast(scores.device.type, enabled=False):
-        x = _at_least_float32(scores)
+        x = scores.to(wide_dtype(scores))
         if valid is not None:
             x, relevance = x.masked_fill(~valid, -torch.inf), relevance & valid
         result: Tensor = _SmoothRows.apply(x, relevance, temperature)  # type: ignore[no-untyped-call]
@@ -214,7 +215,7 @@ def _smooth_reference(
 ) -> Tensor:
     """Equation 5 with Eq. 6 for the indicator, all comparisons at once; 0 for a query without P."""
     items = scores.shape[1]
-    x = _at_least_float32(scores)
+    x = scores.to(wide_dtype(scores))
     keep = torch.ones_like(relevance) if valid is None else valid
     relevant = (relevance & keep).to(x.dtype)
     D = x[:, None, :] - x[:, :, None]  # D[q, i, j] = s_j - s_i
@@ -338,7 +339,7 @@ def average_precision(
     _check_scores(scores, relevance, valid)
     check_one_of(ties, "ties", _TIES)
     check_one_of(backend, "backend", _BACKENDS)
-    x = _at_least_float32(scores.detach())
+    x = scores.detach().to(wide_dtype(scores))
     keep = torch.ones_like(relevance) if valid is None else valid
     relevance = relevance & keep
     if backend == "reference":
@@ -404,12 +405,7 @@ def recall_at_k(
     _check_scores(scores, relevance, valid)
     if scores.shape[0] == 0:
         raise ValueError(f"scores: expected at least one query, got shape {tuple(scores.shape)}")
-    if not isinstance(ks, Sequence) or not all(
-        isinstance(k, int) and not isinstance(k, bool) for k in ks
-    ):
-        raise TypeError(f"ks: expected a sequence of integers, got {ks!r}")
-    if any(k < 1 for k in ks):
-        raise ValueError(f"ks: expected integers >= 1, got {list(ks)}")
+    check_integers(ks, "ks", 1)
     x = scores.detach()
     if valid is not None:
         relevance = relevance & valid
@@ -564,14 +560,13 @@ def _loss_reference(
 
 
 def _check_embeddings(embeddings: Tensor, name: str, labels: Tensor, labels_name: str) -> None:
-    check_tensor(embeddings, name, ndim=2)
-    check_floating(embeddings, name)
+    check_floating(embeddings, name, ndim=2)
     check_labels(labels, labels_name, length=embeddings.shape[0])
     check_same_device([(name, embeddings), (labels_name, labels)])
     if torch.compiler.is_compiling() or embeddings.numel() == 0:
         return
     check_finite(embeddings, name)
-    norms = torch.linalg.vector_norm(_at_least_float32(embeddings.detach()), dim=1)
+    norms = torch.linalg.vector_norm(embeddings.detach().to(wide_dtype(embeddings)), dim=1)
     # A row of zeros, which normalising leaves as it is, stays legal.
     if bool((((norms - 1).abs() > _NORM_SLACK) & (norms > 0)).any()):
         raise ValueError(
@@ -584,8 +579,7 @@ def _check_options(
     temperature: float, include_self: bool, group: ProcessGroup | None, backend: str
 ) -> None:
     check_positive(temperature, "temperature")
-    if not isinstance(include_self, bool):
-        raise TypeError(f"include_self: expected a bool, got {include_self!r}")
+    check_flag(include_self, "include_self")
     check_one_of(backend, "backend", _BACKENDS)
     if group is not None:
         check_group(group)
@@ -601,10 +595,8 @@ def _retrieval_loss(
     group: ProcessGroup | None,
     backend: str,
 ) -> Tensor:
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         _check_options(temperature, include_self, group, backend)
         _check_embeddings(embeddings, "embeddings", labels, "labels")
         if (gallery is None) != (gallery_labels is None):
@@ -614,15 +606,11 @@ def _retrieval_loss(
             _check_embeddings(gallery, "gallery", gallery_labels, "gallery_labels")
             check_shape(gallery, "gallery", (None, embeddings.shape[1]))
             check_same_device([("embeddings", embeddings), ("gallery", gallery)])
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
+
+    check_together(check, group)
 
     leave_out_self = gallery is None and not include_self
-    queries = _at_least_float32(embeddings)
+    queries = embeddings.to(wide_dtype(embeddings))
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, labels
     else:
@@ -854,10 +842,7 @@ class PKSampler(Sampler[list[int]]):
         if batches is not None:
             sizes.append(("batches", batches, 1))
         for name, value, least in sizes:
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+            check_integer(value, name, least)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
         ordered, order = given.cpu().sort(stable=True)

@@ -17,7 +17,6 @@ their limits: exponentials that overflow.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -28,21 +27,28 @@ from torch.nn import functional as F
 
 from affnb.checks import (
     check_at_least,
+    check_between,
     check_bool,
     check_differentiated_once,
     check_finite,
     check_floating,
     check_integer,
     check_labels,
+    check_norms,
     check_one_of,
     check_positive,
     check_same_device,
     check_shape,
     check_square,
-    check_tensor,
 )
-from affnb.distributed import all_gather_uneven, check_group, gather_with_grad, raise_together
+from affnb.distributed import (
+    all_gather_uneven,
+    check_group,
+    check_together,
+    gather_with_grad,
+)
 from affnb.kernels import uncompiled
+from affnb.precision import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,14 +90,8 @@ _BLOCK_CUDA = 2**25
 # --------------------------------------------------------------------------------------------------
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    double = any(t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
-
-
 def _check_matrix(value: Tensor, name: str) -> None:
-    check_tensor(value, name, ndim=2)
-    check_floating(value, name)
+    check_floating(value, name, ndim=2)
     if not torch.compiler.is_compiling():  # values cannot be looked at while tracing
         check_finite(value, name)
 
@@ -99,8 +99,7 @@ def _check_matrix(value: Tensor, name: str) -> None:
 def _check_embeddings(rows: Tensor, cols: Tensor, names: tuple[str, str]) -> None:
     both = ((names[0], rows), (names[1], cols))
     for name, value in both:
-        check_tensor(value, name, ndim=2)
-        check_floating(value, name)
+        check_floating(value, name, ndim=2)
     if rows.shape[1] != cols.shape[1]:
         raise ValueError(
             f"{names[1]}: expected vectors as long as those of {names[0]} ({rows.shape[1]}), "
@@ -110,11 +109,7 @@ def _check_embeddings(rows: Tensor, cols: Tensor, names: tuple[str, str]) -> Non
     for name, value in both:
         if torch.compiler.is_compiling() or not value.numel():
             continue
-        # One reduction finds NaN, infinities, and what would overflow in a product.
-        norms = torch.linalg.vector_norm(value.detach(), dim=-1, dtype=_wide(value))
-        if not math.isfinite(float(norms.amax())):
-            check_finite(value, name)
-            raise ValueError(f"{name}: expected vectors whose norm is finite, got an overflow")
+        check_norms(value, name)
 
 
 def _check_positive_index(positive: Tensor | None, rows: int, cols: int, name: str) -> None:
@@ -149,14 +144,6 @@ def _count_over_group(count: Tensor, group: ProcessGroup | None) -> Tensor:
         count = count.clone()
         torch.distributed.all_reduce(count, group=group)
     return count.clamp(min=1)
-
-
-def _settle(error: Exception | None, group: ProcessGroup | None) -> None:
-    """Raise an error of validation, on all ranks if there are several."""
-    if group is not None:
-        raise_together(error, group)
-    elif error is not None:
-        raise error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +201,7 @@ def cosine_affinity(
         if not value.shape[0]:
             raise ValueError(f"{name}: expected at least one row, got shape {tuple(value.shape)}")
     with torch.autocast(z_rows.device.type, enabled=False):
-        wide = _wide(z_rows, z_cols)
+        wide = wide_dtype(z_rows, z_cols)
         z_rows, z_cols = z_rows.to(wide), z_cols.to(wide)
         if backend == "reference":
             return torch.stack([torch.stack([_cosine(a, b, eps) for b in z_cols]) for a in z_rows])
@@ -286,7 +273,7 @@ def info_nce(
     _check_positive_index(positive, rows, cols, "A")
     own = _own_columns(positive, rows, A.device)
     with torch.autocast(A.device.type, enabled=False):
-        logits = A.to(_wide(A)) / tau
+        logits = A.to(wide_dtype(A)) / tau
         if backend == "reference":
             strength = logits.exp()
             return (strength.gather(1, own[:, None])[:, 0] / strength.sum(1)).log().mean().neg()
@@ -364,10 +351,8 @@ def soft_target_loss(
     >>> soft_target_loss(teacher, teacher, tau=2.0), soft_target_loss(teacher, teacher, 2.0, kind="ce")
     (tensor(0.), tensor(2.3288))
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         check_one_of(reduction, "reduction", ("batchmean", "sum", "none"))
         check_one_of(kind, "kind", ("kl", "ce"))
         check_one_of(backend, "backend", _BACKENDS)
@@ -380,7 +365,6 @@ def soft_target_loss(
         if not student_logits.shape[1]:
             raise ValueError("student_logits: expected at least one column, got none")
         if row_mask is not None:
-            check_tensor(row_mask, "row_mask")
             check_bool(row_mask, "row_mask")
             check_shape(row_mask, "row_mask", student_logits.shape[:1])
         check_same_device(
@@ -390,11 +374,10 @@ def soft_target_loss(
                 ("row_mask", row_mask),
             ]
         )
-    except (TypeError, ValueError) as caught:
-        error = caught
-    _settle(error, group)
+
+    check_together(check, group)
     with torch.autocast(student_logits.device.type, enabled=False):
-        wide = _wide(student_logits, teacher_logits)
+        wide = wide_dtype(student_logits, teacher_logits)
         s, t = student_logits.to(wide) / tau, teacher_logits.detach().to(wide) / tau
         if backend == "reference":
             p_s, p_t = (v.exp() / v.exp().sum(1, keepdim=True) for v in (s, t))
@@ -501,9 +484,7 @@ def selective_rows(
 
 
 def _check_selection(keep_percent: float, rounding: str) -> None:
-    check_at_least(keep_percent, "keep_percent", 0)
-    if keep_percent > 100:
-        raise ValueError(f"keep_percent: expected a number from 0 to 100, got {keep_percent!r}")
+    check_between(keep_percent, "keep_percent", 0, 100)
     check_one_of(rounding, "rounding", ("ceil", "floor"))
 
 
@@ -654,19 +635,16 @@ def contrastive_prediction_loss(
     >>> contrastive_prediction_loss(2 * z, z, tau=1.0)  # log(1 + 3 / e)
     tensor(0.7437)
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         check_one_of(backend, "backend", _BACKENDS)
         check_positive(tau, "tau")
         _check_embeddings(z_rows, z_cols, ("z_rows", "z_cols"))
         _check_positive_index(positive, len(z_rows), len(z_cols), "z_rows")
         if group is None and len(z_cols) == 1:
             raise ValueError("z_cols: expected at least two rows to choose from, got 1")
-    except (TypeError, ValueError) as caught:
-        error = caught
-    _settle(error, group)
+
+    check_together(check, group)
     return _contrastive(z_rows, z_cols, tau, positive, group, backend)
 
 
@@ -681,7 +659,7 @@ def _contrastive(
 ) -> Tensor:
     own = _own_columns(positive, len(z_rows), z_rows.device)
     with torch.autocast(z_rows.device.type, enabled=False):
-        wide = _wide(z_rows, z_cols)
+        wide = wide_dtype(z_rows, z_cols)
         rows, cols = _unit(z_rows.to(wide)), _unit(z_cols.to(wide))
         own = own + _gather_columns(cols, group)[1]
         if backend == "reference":
@@ -774,10 +752,8 @@ def affinity_transfer_loss(
     >>> round(affinity_transfer_loss(teacher.roll(1, 0), teacher, teacher, teacher).item(), 4)
     0.3402
     """
-    error: Exception | None = None
-    if group is not None:
-        check_group(group)
-    try:
+
+    def check() -> None:
         check_one_of(backend, "backend", _BACKENDS)
         check_one_of(kind, "kind", ("kl", "ce"))
         check_positive(tau, "tau")
@@ -791,9 +767,8 @@ def affinity_transfer_loss(
             check_shape(value, name, (len(like), None))
             check_same_device([("z_rows", z_rows), (name, value)])
         _check_positive_index(positive, len(z_rows), len(z_cols), "z_rows")
-    except (TypeError, ValueError) as caught:
-        error = caught
-    _settle(error, group)
+
+    check_together(check, group)
     return _transfer(
         z_rows,
         z_cols,
@@ -832,7 +807,7 @@ def _transfer(
 ) -> Tensor:
     own = _own_columns(positive, len(z_rows), z_rows.device)
     with torch.autocast(z_rows.device.type, enabled=False):
-        wide = _wide(z_rows, z_cols, *teacher)
+        wide = wide_dtype(z_rows, z_cols, *teacher)
         rows, cols, t_rows, t_cols = (_unit(v.to(wide)) for v in (z_rows, z_cols, *teacher))
         t_cols, first = _gather_columns(t_cols, group)
         own = own + first
@@ -992,7 +967,7 @@ class SSKDLoss(nn.Module):
         ``positive`` says to which original each transformed image belongs, if not one to one.
         """
         shared: dict[str, Any] = {"kind": self.kind, "group": self.group, "backend": self.backend}
-        nothing = student.logits.new_zeros((), dtype=_wide(student.logits))
+        nothing = student.logits.new_zeros((), dtype=wide_dtype(student.logits))
         ce = kd = ss = transformed = nothing
         if self.weights[0]:
             ce = _label_loss(student.logits, labels, self.group)
@@ -1038,18 +1013,19 @@ class SSKDLoss(nn.Module):
 
 def _label_loss(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
     """Cross-entropy with labels, a mean over the rows of all ranks."""
-    error: Exception | None = None
-    try:
+
+    def check() -> None:
         _check_matrix(logits, "student.logits")
         tracing = torch.compiler.is_compiling()
         classes = None if tracing else logits.shape[1]
         check_labels(labels, "labels", length=len(logits), num_classes=classes)
         check_same_device([("student.logits", logits), ("labels", labels)])
-    except (TypeError, ValueError) as caught:
-        error = caught
-    _settle(error, group)
+
+    check_together(check, group)
     with torch.autocast(logits.device.type, enabled=False):
-        total: Tensor = F.cross_entropy(logits.to(_wide(logits)), labels.long(), reduction="sum")
+        total: Tensor = F.cross_entropy(
+            logits.to(wide_dtype(logits)), labels.long(), reduction="sum"
+        )
         count = torch.tensor(len(logits), device=logits.device)
         return _sum_over_group(total, group) / _count_over_group(count, group)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.morphology import erosion, footprint_rectangle
+from torch import distributed as dist
 from torch.autograd import gradcheck, gradgradcheck
 
 from affnb.affinity.affinity_fields import (
@@ -25,7 +26,8 @@ from affnb.affinity.affinity_fields import (
     shifted_pair,
 )
 from affnb.measure import peak_bytes
-from tests.fake_torchvision import run_full
+from tests.fake_torchvision import run_on_voc
+from tests.processes import message_of, rows_of, run
 
 module = importlib.import_module("affnb.affinity.affinity_fields")
 
@@ -791,72 +793,71 @@ def test_other_errors():
 # Over two processes
 # --------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-from affnb.affinity.affinity_fields import AdaptiveAffinityFieldLoss
-rank, path, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-g = torch.Generator().manual_seed(0)
-z = torch.randn(3, 3, 6, 5, generator=g, dtype=torch.float64)
-y = torch.randint(3, (3, 6, 5), generator=g)
-mine = slice(0, 1) if rank == 0 else slice(1, 3)
-def grads(z, y, group):
+SHARDS = (1, 2)
+
+
+def whole_batch():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 3, 6, 5, generator=g, dtype=torch.float64)
+    return logits, torch.randint(3, (3, 6, 5), generator=g)
+
+
+def adaptive_loss_and_grads(z, y, group, backend):
     criterion = AdaptiveAffinityFieldLoss(3, (1, 2), group=group, backend=backend).double()
     leaf = z.clone().requires_grad_()
     value = criterion(leaf, y)
     value.backward()
     return value.detach(), leaf.grad, criterion.eta.grad
-value, grad, eta = grads(z[mine], y[mine], dist.group.WORLD)
-whole, whole_grad, whole_eta = grads(z, y, None)
-torch.testing.assert_close(value, whole)
-torch.testing.assert_close(grad, whole_grad[mine])
-torch.testing.assert_close(eta, whole_eta)
-try:
-    grads(z[mine], y[mine] + 9 * (rank == 1), dist.group.WORLD)
-except ValueError as error:
-    print("raised", error)
-dist.barrier()  # a rank that leaves early makes the other abort
-dist.destroy_process_group()
-"""
+
+
+def work(rank, world):
+    z, y = (v[rows_of(rank, SHARDS)] for v in whole_batch())
+    seen, group = {}, dist.group.WORLD
+    for backend in ("auto", "reference"):
+        seen[backend] = adaptive_loss_and_grads(z, y, group, backend)
+        wrong = y + 9 * (rank == 1)
+        seen["wrong", backend] = message_of(
+            lambda b=backend, wrong=wrong: adaptive_loss_and_grads(z, wrong, group, b)
+        )
+    return seen
 
 
 def test_global_batch(tmp_path):
+    ranks = run(work, len(SHARDS), tmp_path)
     for backend in ("auto", "reference"):
-        command = [sys.executable, "-c", WORKER]
-        workers = [
-            subprocess.Popen(
-                [*command, str(rank), str(tmp_path / backend), backend],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in (0, 1)
-        ]  # fmt: skip
-        for worker in workers:
-            out, err = worker.communicate(timeout=120)
-            assert worker.returncode == 0, err
-            assert "raised" in out
+        value, grad, eta = adaptive_loss_and_grads(*whole_batch(), None, backend)
+        for rank, seen in enumerate(ranks):
+            expected = (value, grad[rows_of(rank, SHARDS)], eta)
+            torch.testing.assert_close(seen[backend], expected)
+            own = "labels: expected values" if rank else "group: expected valid input"
+            assert seen["wrong", backend].startswith(f"ValueError: {own}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The chapter's full profile, on a stand-in for the data and the ResNet
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "30_000, 8) if full": "2, 2) if full",
-    "workers = 8 if full else 0": "workers = 0",
-    "crop=336": "crop=40",
-    "width=512": "width=8",
-    "window=480, stride=320": "window=73, stride=73",
-    "(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)": "(0.5, 1.0)",
-    "seed + 50 + i for i in range(3)": "seed + 50 + i for i in range(2)",
-    "seed + 50 + i for i in range(5)": "seed + 50 + i for i in range(2)",
-    "for i in range(8)]": "for i in range(5)]",
-}
-
 
 def test_full_profile(tmp_path, monkeypatch):
-    sections = ("The failure", "The claim, tested", "What the paper reports")
-    names, verdicts, trainings = run_full(
-        "affinity/affinity_fields", tmp_path, monkeypatch, SMALL, sections
+    names, verdicts, trainings = run_on_voc(
+        "affinity/affinity_fields",
+        tmp_path,
+        monkeypatch,
+        define=("pair_errors", "gain_text", "torn_field", "signed_gaps", "widths"),
+        call=("settle", "display"),
+        small={
+            "steps": "2",
+            "batch_size": "2",
+            "workers": "0",
+            "voc(crop=)": "40",
+            "PSPNet(width=)": "8",
+            "whole_images(window=)": "73",
+            "whole_images(stride=)": "73",
+            "(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)": "(0.5, 1.0)",
+            "seeds": "[seed + 50, seed + 51]",
+            "more_seeds": "[seed + 50, seed + 51]",
+            "range(8)": "range(5)",
+        },
     )
     assert len(verdicts) == 8
 

@@ -22,7 +22,7 @@ from affnb.affinity.dilated_affinity import (
     propagate_affinity,
     steep_sigmoid,
 )
-from tests.fake_torchvision import run_full
+from tests.fake_torchvision import run_on_voc
 
 DOUBLE = torch.float64
 SIDES = st.sampled_from([1, 2, 3, 5, 7])
@@ -896,25 +896,25 @@ def test_a_large_batch_in_bounded_memory():
 # The chapter's full profile, on a stand-in for the data and the ResNet
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "[8, (12, 24), (24, 12), 16], 16, 30_000": "[1, (2, 3), (3, 2), 2], 2, 2",
-    "statistics([8, 16, 32, 64])": "statistics([1, 2, 3, 4])",
-    "crop=513": "crop=33",
-    "num_workers=8": "num_workers=0",
-    "num_workers=4": "num_workers=0",
-    "3 if full else 4": "2",
-    "10 if full else 3": "2",
-    "120 if full else 12": "2",
-}
-
 
 def test_full_profile(tmp_path, monkeypatch):
-    names, verdicts, trainings = run_full(
+    names, verdicts, trainings = run_on_voc(
         "affinity/dilated_affinity",
         tmp_path,
         monkeypatch,
-        SMALL,
-        ("The failure", "Play", "The claim, tested", "What the paper reports"),
+        define=("shaded", "label_sets", "class_figure", "category_figure", "truth_affinity"),
+        call=("settle", "display", "explore"),
+        small={
+            "rates": "[1, (2, 3), (3, 2), 2]",
+            "batch_size": "2",
+            "steps": "2",
+            "[8, 16, 32, 64]": "[1, 2, 3, 4]",
+            "voc(crop=)": "33",
+            "DataLoader(num_workers=)": "0",
+            "net_seeds": "[first_seed, first_seed + 1]",
+            "toy_seeds": "[seed, seed + 1]",
+            "maps": "2",
+        },
         two_rates=dilated_offsets([2, 4]),
     )
     ids = {id.split(":")[1] for id in verdicts}

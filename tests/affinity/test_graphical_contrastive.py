@@ -5,10 +5,8 @@ import importlib
 import json
 import math
 import sys
-import types
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,10 @@ from torch.autograd import gradcheck
 
 from affnb.data.scene_graphs import scene_graphs
 from affnb.data.visual_genome import RelationImage, VisualGenomeRelations
+from tests import fake_torchvision
+from tests.chapter_cells import cells_of
+from tests.fake_torchvision import sampled_roi, thin_vgg16
+from tests.processes import message_of, rows_of, run
 
 gc = importlib.import_module("affnb.affinity.graphical_contrastive")
 DOUBLE = torch.float64
@@ -492,48 +494,41 @@ def test_compile():
     torch.testing.assert_close(value_and_grad(compiled, z), value_and_grad(total, z))
 
 
-def _rank(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    group = dist.group.WORLD
+SHARDS = (3, 2)
+
+
+def whole_batch():
+    """Five images; the second rank's have no anchor at all."""
     scenes = scene_graphs(5, generator=torch.Generator().manual_seed(0))
     z = torch.randn(*scenes.predicates.shape, 5, generator=torch.Generator().manual_seed(1))
-    rows = slice(0, 3) if rank == 0 else slice(3, 5)  # uneven shards
     truth = scenes.predicates.clone()
-    truth[3:] = 0  # the second rank has no anchor at all
-    leaf = z[rows].clone().requires_grad_()
-    parts = gc.graphical_contrastive_loss(
-        leaf, truth[rows], scenes.subject_classes[rows], scenes.object_classes[rows], group=group
-    )
+    truth[SHARDS[0] :] = 0
+    return z, truth, scenes.subject_classes, scenes.object_classes
+
+
+def losses_and_grad(z, *labels, group=None):
+    leaf = z.clone().requires_grad_()
+    parts = gc.graphical_contrastive_loss(leaf, *labels, group=group)
     parts["loss"].backward()
-    try:
-        bad = truth[rows] if rank == 0 else truth[rows] + 9
-        gc.graphical_contrastive_loss(
-            z[rows], bad, scenes.subject_classes[rows], scenes.object_classes[rows], group=group
-        )
-        error = "none"
-    except ValueError as caught:
-        error = str(caught)
-    whole = z.clone().requires_grad_()
-    expected = gc.graphical_contrastive_loss(
-        whole, truth, scenes.subject_classes, scenes.object_classes
-    )
-    expected["loss"].backward()
-    torch.testing.assert_close(
-        {k: v.detach() for k, v in parts.items()}, {k: v.detach() for k, v in expected.items()}
-    )
-    torch.testing.assert_close(leaf.grad, whole.grad[rows])
-    assert error.startswith("group: expected valid" if rank == 0 else "gt_pred: expected values")
-    (folder / f"done{rank}").touch()
-    dist.barrier()  # a rank that leaves early makes the other abort
-    dist.destroy_process_group()
+    return {name: value.detach() for name, value in parts.items()}, leaf.grad
+
+
+def work(rank, world):
+    z, truth, *classes = (v[rows_of(rank, SHARDS)] for v in whole_batch())
+    group = dist.group.WORLD
+    bad = truth + 9 * rank
+    return {
+        "own": losses_and_grad(z, truth, *classes, group=group),
+        "bad": message_of(lambda: losses_and_grad(z, bad, *classes, group=group)),
+    }
 
 
 def test_group_is_one_process_with_all_images(tmp_path):
-    torch.multiprocessing.spawn(_rank, (2, tmp_path), nprocs=2)
-    assert {p.name for p in tmp_path.glob("done*")} == {"done0", "done1"}
+    losses, grad = losses_and_grad(*whole_batch())
+    for rank, seen in enumerate(run(work, len(SHARDS), tmp_path)):
+        torch.testing.assert_close(seen["own"], (losses, grad[rows_of(rank, SHARDS)]))
+        own = "gt_pred: expected values" if rank else "group: expected valid"
+        assert seen["bad"].startswith(f"ValueError: {own}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -867,39 +862,6 @@ def test_visual_genome_files(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def thin_vgg16(weights=None):
-    """The layers of torchvision's VGG-16 in their places, with 2 channels and 6 hidden units."""
-    torch.manual_seed(0)
-    layers, channels = [], 3
-    for count in (2, 2, 3, 3, 3):
-        for _ in range(count):
-            layers += [nn.Conv2d(channels, 2, 3, padding=1), nn.ReLU(inplace=True)]
-            channels = 2
-        layers.append(nn.MaxPool2d(2))
-    vgg = nn.Module()
-    vgg.features = nn.Sequential(*layers)
-    hidden = [nn.Linear(2 * 49, 6), nn.ReLU(True), nn.Dropout(), nn.Linear(6, 6)]
-    vgg.classifier = nn.Sequential(*hidden, nn.ReLU(True), nn.Dropout(), nn.Linear(6, 10))
-    vgg.weights = weights
-    return vgg
-
-
-def sampled_roi(maps, boxes, output_size, spatial_scale):
-    """The map at the middle of each cell of a grid over the box: RoIAlign with one sample a cell."""
-    (boxes,), (high, wide) = boxes, maps.shape[-2:]
-    step = (torch.arange(output_size) + 0.5) / output_size
-    corner, extent = boxes[:, :2] * spatial_scale, (boxes[:, 2:] - boxes[:, :2]) * spatial_scale
-    x, y = (corner[:, i, None] + extent[:, i, None] * step for i in range(2))
-    grid = torch.stack(
-        [
-            (2 * x / wide - 1)[:, None, :].expand(-1, output_size, -1),
-            (2 * y / high - 1)[:, :, None].expand(-1, -1, output_size),
-        ],
-        -1,
-    )
-    return F.grid_sample(maps.expand(len(boxes), -1, -1, -1), grid, align_corners=False)
-
-
 class Photographs(list):
     """Annotated photographs in the form of VisualGenomeRelations: 3 classes, 2 predicates."""
 
@@ -928,28 +890,18 @@ def photographs(count):
 @pytest.fixture
 def chapter(monkeypatch):
     """What the chapter's cells import and define, with a stand-in for torchvision; nothing is run."""
-    path = Path(__file__).parents[2] / "chapters/affinity/graphical_contrastive.ipynb"
-    cells = [c for c in nbformat.read(path, as_version=4)["cells"] if c["cell_type"] == "code"]
-    body = [node for cell in cells for node in ast.parse(cell["source"]).body]
+    body = [node for cell in cells_of("affinity/graphical_contrastive") for node in cell.tree.body]
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     names = {"device": torch.device("cpu"), "chapter": "affinity/graphical_contrastive", "own": ""}
     names |= {"seeds": [], "arms": {"cross-entropy": (0, 0, 0), "+ all three": (1, 0.5, 0.1)}}
+    names["Path"] = Path  # of the set-up cell
     tree = ast.Module([node for node in body if isinstance(node, kept)], [])
-    exec(compile(tree, str(path), "exec"), names)
-    names["full_profile"] = compile(
-        ast.Module(
-            [n for n in body if isinstance(n, ast.If) and "compare_on" in ast.unparse(n)], []
-        ),
-        str(path),
-        "exec",
-    )
-    models, ops = types.ModuleType("torchvision.models"), types.ModuleType("torchvision.ops")
-    models.vgg16 = thin_vgg16
-    models.VGG16_Weights = types.SimpleNamespace(IMAGENET1K_V1="ImageNet")
-    ops.roi_align = sampled_roi
-    for name, module in (("models", models), ("ops", ops)):
-        monkeypatch.setitem(sys.modules, f"torchvision.{name}", module)
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    exec(compile(tree, "definitions", "exec"), names)
+    compared = [
+        n for n in body if isinstance(n, ast.If) and "compare_on_photographs" in ast.dump(n)
+    ]
+    names["full_profile"] = compile(ast.Module(compared, []), "full profile", "exec")
+    fake_torchvision.install(monkeypatch)
     return names
 
 
@@ -1069,7 +1021,7 @@ def test_full_profile_takes_the_papers_body_and_data(chapter, tmp_path):
     chapter["compare_on_photographs"] = lambda *given, **options: called.append((given, options))
     exec(chapter["full_profile"], chapter)
     ((make_vgg, train, test, seeds, note), options), *_ = called
-    assert make_vgg().weights == "ImageNet"
+    assert make_vgg().weights == "pretrained"
     assert "ImageNet" in note
     assert (len(train), len(test), seeds, options) == (0, 1, [0, 1, 2], {})
 

@@ -2,12 +2,8 @@
 
 import itertools
 import math
-import sys
-import types
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,7 +14,6 @@ from PIL import Image
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from affnb import training
 from affnb.efficient import (
     MixedPrecisionConv2d,
     argmax_feasible_bound,
@@ -31,6 +26,7 @@ from affnb.efficient import (
     reshape_clip,
     uniform_quantize,
 )
+from tests.chapter_cells import fake_modules, run_cells
 
 DOUBLE = torch.float64
 CIFAR = [(2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 6), (6, 4), (8, 4)]
@@ -852,17 +848,6 @@ def test_the_layer_keeps_one_output_and_a_copy_an_input_width():
 # The chapter's full profile, on a stand-in for torchvision
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "num_workers=8": "num_workers=0",
-    "shape = (3, 32, 32)": "shape = (3, 8, 8)",
-    "conv(3, 16, signed=True), [16] * 4 + [32] * 3 + [64] * 3": (
-        "conv(3, 4, signed=True), [4] * 2 + [6] + [8]"
-    ),
-    "for n in (16, *": "for n in (4, *",
-    "MixedPrecisionConv2d(64, 10": "MixedPrecisionConv2d(8, 10",
-    "range(20 if full else 5)": "range(2)",
-}
-
 
 def fake_torchvision(monkeypatch, used):
     """Install CIFAR-10 with small pictures, and transforms that note their names in ``used``."""
@@ -913,63 +898,49 @@ def fake_torchvision(monkeypatch, used):
             **{name: noted(name) for name in names},
         },
     }
-    for name, members in parts.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    fake_modules(monkeypatch, parts)
 
 
 def test_full_profile(tmp_path, monkeypatch):
     """The chapter's cells with ``profile="full"``, made small: they run, and as the text says."""
-    used, verdicts, trainings, train = [], {}, [], training.fit
+    chapter, used, trainings = "efficient/bp_nas", [], []
     fake_torchvision(monkeypatch, used)
 
-    def fit(step, batches, optimizer, **options):
+    def fit(real, step, batches, optimizer, **options):
         groups, start = optimizer.param_groups, len(used)
         found = [(g["initial_lr"], g["momentum"], g["weight_decay"]) for g in groups]
-        result = train(step, batches, optimizer, **options)
+        result = real(step, batches, optimizer, **options)
         schedule = (type(options["scheduler"]).__name__, options["scheduler"].T_max)
         trainings.append((type(optimizer).__name__, found, schedule, used[start:]))
         return result
 
-    monkeypatch.setattr(training, "fit", fit)
-    monkeypatch.setattr("affnb.widgets.explore", lambda *args, **options: None)
-    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
-    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
-    monkeypatch.setattr(
-        "affnb.claims.record",
-        lambda id, statement, verdict, evidence: verdicts.update({id: verdict}),
+    def fewer_steps(names):  # than 160 epochs in batches of 512
+        steps = {"pretrain": 15680, "search": 9440, "retrain": 15680}
+        assert names["sizes"] == {**steps, "batch": 512, "together": 1}
+        names["sizes"].update(pretrain=1, search=2, retrain=1, batch=4, together=8)
+
+    names, _ = run_cells(chapter, monkeypatch, define=("new_net",))  # at its true size
+    network, sizes = names["new_net"](), names["macs"]
+    names, verdicts = run_cells(
+        chapter,
+        monkeypatch,
+        define=("penalties", "found", "counted", "looks", "each"),
+        call=("settle_net", "explore"),
+        small={
+            "DataLoader(num_workers=)": "0",
+            "ResNet20.shape": "(3, 8, 8)",
+            "conv(3, 16, signed=True)": "conv(3, 4, signed=True)",
+            "[16] * 4 + [32] * 3 + [64] * 3": "[4] * 2 + [6] + [8]",
+            '(16, *(o for _, o in pairs for _ in "ab"))': '(4, *(o for _, o in pairs for _ in "ab"))',
+            "MixedPrecisionConv2d(64, 10, 1, CANDIDATES)": "MixedPrecisionConv2d(8, 10, 1, CANDIDATES)",
+            "run_seeds": "[seed + 640, seed + 641]",
+        },
+        after={"sizes": fewer_steps},
+        fit=fit,
+        data_root=str(tmp_path),
+        budgets=(3.0, 3.5, 4.0),  # of cells that do not run
+        settle_rule=lambda *args: None,
     )
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    plt.switch_backend("Agg")
-    path = Path(__file__).resolve().parents[2] / "chapters" / "efficient" / "bp_nas.ipynb"
-    names = {"budgets": (3.0, 3.5, 4.0), "settle_rule": lambda *args: None}  # of the skipped cells
-    names["__name__"], heading, unused = "chapter", None, set(SMALL)
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            found = [line for line in cell.source.splitlines() if line.startswith(("## ", "### "))]
-            heading = found[-1] if found else heading
-        tags = cell.metadata.get("tags", [])
-        wanted = ("## The failure", "## Play", "### Real data", "## What the paper reports")
-        if cell.cell_type != "code" or "setup" in tags:
-            continue
-        if heading is not None and not heading.startswith(wanted):
-            continue
-        source = cell.source
-        if source.startswith("CANDIDATES ="):  # the network at its true size
-            exec(compile(source, "network", "exec"), names)
-            network, sizes = names["new_net"](), names["macs"]
-        for old, new in SMALL.items():
-            if old in source:
-                source, unused = source.replace(old, new), unused - {old}
-        exec(compile(source, str(heading), "exec"), names)
-        if source.startswith("if full:\n    sizes"):  # 160 epochs in batches of 512
-            steps = {"pretrain": 15680, "search": 9440, "retrain": 15680}
-            assert names["sizes"] == {**steps, "batch": 512, "together": 1}
-            names["sizes"].update(pretrain=1, search=2, retrain=1, batch=4, together=8)
-        if "parameters" in tags:
-            names |= {"profile": "full", "device": "cpu", "data_root": str(tmp_path)}
-    assert not unused, f"not in the chapter any more: {sorted(unused)}"
 
     # ResNet-20 by hand: a stem, three groups of six convolutions, a linear layer; 11 choices.
     later = [16 * 32 + 5 * 32 * 32, 32 * 64 + 5 * 64 * 64]

@@ -4,10 +4,7 @@ import subprocess
 import sys
 import types
 from itertools import product
-from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrizations, parametrize
 
 import affnb.matching.learnable_cost_volume as module
-from affnb import training
 from affnb.data.stereo import motorcycle_stereo, warped_photographs
 from affnb.matching import (
     CayleySPD,
@@ -32,6 +28,7 @@ from affnb.matching import (
     signature_fix,
     soft_argmax_flow,
 )
+from tests.chapter_cells import fake_modules, run_cells
 
 DOUBLE = torch.float64
 SIDES = st.sampled_from([1, 2, 3, 5, 7])
@@ -743,75 +740,54 @@ class FakeRaft(nn.Module):
 
 
 def test_full_profile(monkeypatch):
-    def fake(name, **members):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, made)
-
     def raft_large(weights):
         assert weights == "chairs and things"
         torch.manual_seed(0)
         return FakeRaft()
 
     pretrained = types.SimpleNamespace(C_T_V2="chairs and things")
-    fake("torchvision")
-    fake("torchvision.datasets", KittiFlow=FakeKitti)
-    fake("torchvision.models")
-    fake("torchvision.models.optical_flow", raft_large=raft_large, Raft_Large_Weights=pretrained)
-    fake("torchvision.models.optical_flow.raft", CorrBlock=FakeCorrelation)
-    fake("torchvision.transforms")
-    fake("torchvision.transforms.functional", pil_to_tensor=lambda x: x)
+    fake_modules(
+        monkeypatch,
+        {
+            "torchvision": {},
+            "torchvision.datasets": {"KittiFlow": FakeKitti},
+            "torchvision.models": {},
+            "torchvision.models.optical_flow": {
+                "raft_large": raft_large,
+                "Raft_Large_Weights": pretrained,
+            },
+            "torchvision.models.optical_flow.raft": {"CorrBlock": FakeCorrelation},
+            "torchvision.transforms": {},
+            "torchvision.transforms.functional": {"pil_to_tensor": lambda x: x},
+        },
+    )
+    trainings = []
 
-    trainings, fit = [], training.fit
-
-    def followed(step, batches, optimizer, **options):
+    def followed(real, step, batches, optimizer, **options):
         groups = [
             dict(g, params=sum(p.numel() for p in g["params"])) for g in optimizer.param_groups
         ]
-        history = fit(step, batches, optimizer, **options)
+        history = real(step, batches, optimizer, **options)
         trainings.append((groups, len(history["loss"]), options["max_grad_norm"]))
         return history
 
-    verdicts = {}
-    monkeypatch.setattr(training, "fit", followed)
-    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
-    monkeypatch.setattr(
-        "affnb.claims.record", lambda id, said, verdict, evidence: verdicts.update({id: verdict})
+    names, verdicts = run_cells(
+        "matching/learnable_cost_volume",
+        monkeypatch,
+        define=("share_right", "Matcher", "in_words"),
+        small={
+            "pixel_steps": "2",
+            "before_steps": "0",
+            "after_steps": "3",
+            "(288, 960)": "(136, 240)",
+            "y + 288": "y + 136",
+            "x + 960": "x + 240",
+            "image_seeds": "[first_seed + 20, first_seed + 21]",
+        },
+        fit=followed,
+        data_root="somewhere",
+        first_seed=0,  # of a cell that does not run
     )
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    plt.switch_backend("Agg")
-    small = {
-        "(600, 0, 5000)": "(2, 0, 3)",
-        "(288, 960)": "(136, 240)",
-        "y : y + 288, x : x + 960": "y : y + 136, x : x + 240",
-        "for i in range(3)]\npixel_steps": "for i in range(2)]\npixel_steps",
-    }
-    run = [
-        "from itertools",
-        "pair = motorcycle_stereo",
-        "shown = slice",
-        "class Matcher",
-        "figures, texts",
-    ]
-    names = {
-        "profile": "full",
-        "device": "cpu",
-        "data_root": "somewhere",
-        "seed": 0,
-        "first_seed": 0,
-    }
-    unused = set(small)
-    chapter = Path(__file__).parents[2] / "chapters" / "matching" / "learnable_cost_volume.ipynb"
-    for cell in nbformat.read(chapter, as_version=4).cells:
-        if cell.cell_type != "code" or not run or not cell.source.startswith(run[0]):
-            continue
-        source = cell.source
-        for old, new in small.items():
-            if old in source:
-                source, unused = source.replace(old, new), unused - {old}
-        exec(compile(source, run.pop(0), "exec"), names)
-    assert not run, run
-    assert not unused, unused
 
     assert {id.split(":")[1] for id in verdicts} == {
         *(f"pixels-{x}" for x in ("clean", "illumination", "noise", "patch")),

@@ -2,13 +2,9 @@
 
 import copy
 import math
-import sys
 import types
 from collections import deque
-from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -22,7 +18,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.parallel import DistributedDataParallel
 
 import affnb.metric.broadface as module
-from affnb import training
 from affnb.metric.broadface import (
     BroadFaceHead,
     EmbeddingQueue,
@@ -33,6 +28,8 @@ from affnb.metric.broadface import (
     margin_cross_entropy,
     tar_at_far,
 )
+from tests.chapter_cells import fake_modules, run_cells
+from tests.processes import message_of, run
 
 DOUBLE = torch.float64
 KINDS = ("arcface", "cosface")
@@ -134,10 +131,19 @@ def test_gradcheck(kind):
     assert gradcheck(lambda a: margin_cross_entropy(a, w.detach(), y, **options), (e,))
     assert gradcheck(lambda b: margin_cross_entropy(e.detach(), b, y, **options), (w,))
     assert gradcheck(lambda a, b: logits(a, b, y, scale=3.0, margin=0.4), (e, w))
+    assert gradgradcheck(lambda a, b: logits(a, b, y, scale=3.0, margin=0.4), (e, w))
     twice = {**options, "backend": "reference"}
     assert gradgradcheck(lambda a, b: margin_cross_entropy(a, b, y, **twice), (e, w))
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(margin_cross_entropy(e, w, y, **options), e, create_graph=True)
+
+
+def test_gradient_penalty_where_embedding_and_identity_coincide():
+    w = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    e = w.clone().requires_grad_()
+    y = torch.tensor([0, 0])  # at 0 and at 90 degrees
+    (grad,) = torch.autograd.grad(arcface_logits(e, w, y).sum(), e, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), e)[0].isfinite().all()
 
 
 def test_peers_of_pytorch_metric_learning():
@@ -630,7 +636,7 @@ HUGE = torch.full((2, 3), 3e38)
         (ValueError, "labels: expected the device of weight", lambda: margin_cross_entropy(E, W, Y.to("meta"))),
         (ValueError, "embeddings: expected finite", lambda: margin_cross_entropy(NAN, W, Y)),
         (ValueError, "weight: expected finite", lambda: margin_cross_entropy(E, NAN, Y % 2)),
-        (ValueError, "embeddings: expected rows whose norm", lambda: margin_cross_entropy(HUGE, W, Y)),
+        (ValueError, "embeddings: expected vectors whose norm", lambda: margin_cross_entropy(HUGE, W, Y)),
         (ValueError, "embeddings: expected rows longer than 0, got row 1", lambda: margin_cross_entropy(ZERO, W, Y)),
         (ValueError, "weight: expected rows longer than 0, got row 1", lambda: margin_cross_entropy(E, ZERO, Y % 2)),
         (ValueError, "scale: expected", lambda: margin_cross_entropy(E, W, Y, scale=0)),
@@ -678,7 +684,7 @@ HUGE = torch.full((2, 3), 3e38)
         (TypeError, "same: expected dtype torch.bool", lambda: tar_at_far(E[0], torch.ones(3), [0.1])),
         (ValueError, "same: expected shape", lambda: tar_at_far(E[0], torch.ones(2).bool(), [0.1])),
         (ValueError, "similarities: expected finite", lambda: tar_at_far(NAN[0], NAN[0] > 1, [0.1])),
-        (ValueError, r"far: expected numbers in \[0, 1\]", lambda: tar_at_far(E[0], E[0] > 1, [1.5])),
+        (ValueError, r"far: expected a number in \[0, 1\]", lambda: tar_at_far(E[0], E[0] > 1, [1.5])),
         (ValueError, "far: expected", lambda: tar_at_far(E[0], E[0] > 1, [-0.5])),
         (TypeError, "far: expected", lambda: tar_at_far(E[0], E[0] > 1, 0.1)),
         (TypeError, "queue: expected an EmbeddingQueue", lambda: drift_report(None, E, W)),
@@ -708,8 +714,6 @@ def test_drift_report_rejects():
 # Several processes
 # --------------------------------------------------------------------------------------------------
 
-WORLD = 2
-
 
 def shards(step):
     """Six rows, of which the first rank has two (so that the queues differ, too)."""
@@ -717,19 +721,7 @@ def shards(step):
     return [(e[:2], y[:2]), (e[2:], y[2:])]
 
 
-def message_of(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
-    )
+def work(rank, world):
     group = dist.group.WORLD
     _, w, _ = draw_batch(1, 5, 3, seeded(7))
     e, y = shards(0)[rank]
@@ -755,24 +747,20 @@ def work(rank, folder):
         e.requires_grad_()
         loss = ddp(e, y)
         optimizer.zero_grad()
-        (WORLD * loss).backward()
-        seen["step", step] = (loss.detach(), e.grad / WORLD, head.weight.grad.clone())
+        (world * loss).backward()
+        seen["step", step] = (loss.detach(), e.grad / world, head.weight.grad.clone())
         optimizer.step()
     wrong = y + 5 if rank else y
     seen["bad"] = message_of(lambda: head(e.detach(), wrong))
     seen["bad function"] = message_of(
         lambda: margin_cross_entropy(e.detach(), w, wrong, group=group)
     )
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("broadface")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run(work, 2, tmp_path_factory.mktemp("broadface"))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -836,14 +824,6 @@ def test_an_error_on_one_rank_is_raised_on_all(ranks):
 # The chapter's full profile, on a stand-in for the data and the ResNet
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "= 128, 512, 64.0": "= 4, 16, 64.0",
-    "workers = 8 if full else 0": "workers = 0",
-    "(5e-3, 2500, 10_000, 32_768)": "(5e-3, 2, 24, 40)",
-    "for i in range(3 if full else 4)": "for i in range(2)",
-    "(512, 2048, 8192) if full": "(8, 40, 80) if full",
-}
-
 
 def write_products(folder, classes=40):
     """Write pictures of twice as many products in the layout of Stanford Online Products."""
@@ -895,53 +875,44 @@ def fake_torchvision(monkeypatch):
         "Normalize": lambda mean, sd: lambda x: (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(sd)[:, None, None],
     }  # fmt: skip
     weights = types.SimpleNamespace(IMAGENET1K_V2="pretrained")
-    for name, members in (
-        ("torchvision", {}),
-        ("torchvision.models", {"resnet50": Trunk, "ResNet50_Weights": weights}),
-        ("torchvision.transforms", {"v2": types.SimpleNamespace(**transforms)}),
-    ):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, made)
+    fake_modules(
+        monkeypatch,
+        {
+            "torchvision": {},
+            "torchvision.models": {"resnet50": Trunk, "ResNet50_Weights": weights},
+            "torchvision.transforms": {"v2": types.SimpleNamespace(**transforms)},
+        },
+    )
 
 
 def test_full_profile(tmp_path, monkeypatch):
     pytest.importorskip("pytorch_metric_learning")
     write_products(tmp_path)
     fake_torchvision(monkeypatch)
-    optimizers, verdicts, train = [], {}, training.fit
+    optimizers = []
 
-    def fit(step, batches, optimizer):
+    def fit(real, step, batches, optimizer):
         optimizers.append(optimizer)
-        return train(step, batches, optimizer)
+        return real(step, batches, optimizer)
 
-    monkeypatch.setattr(training, "fit", fit)
-    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
-    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
-    monkeypatch.setattr(
-        "affnb.claims.record",
-        lambda id, statement, verdict, evidence: verdicts.update({id: verdict}),
+    names, verdicts = run_cells(
+        "metric/broadface",
+        monkeypatch,
+        define=("losses_by_identity", "examples", "gap_of", "StubProducts"),
+        call=("ask", "settle", "display"),
+        small={
+            "Products.batch": "4",
+            "Products.dim": "16",
+            "loader.workers": "0",
+            "warm_up": "2",
+            "steps": "24",
+            "largest": "40",
+            "seeds": "[seed + 40, seed + 41]",
+            "sizes": "(8, 40, 80)",
+        },
+        fit=fit,
+        data_root=str(tmp_path),
     )
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    plt.switch_backend("Agg")
-    names = {"__name__": "chapter", "profile": "full", "device": "cpu", "seed": 0}
-    names["data_root"] = str(tmp_path)
-    chapter = Path(__file__).parents[2] / "chapters" / "metric" / "broadface.ipynb"
-    heading, unused = None, set(SMALL)
-    for cell in nbformat.read(chapter, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            found = [line[3:] for line in cell.source.splitlines() if line.startswith("## ")]
-            heading = found[-1] if found else heading
-        elif not {"setup", "parameters"} & set(cell.metadata.get("tags", [])) and (
-            heading is None
-            or heading.startswith(("The failure", "The claim", "What the paper reports"))
-        ):
-            source = cell.source
-            for old, new in SMALL.items():
-                if old in source:
-                    source, unused = source.replace(old, new), unused - {old}
-            exec(compile(source, f"broadface: {heading}", "exec"), names)
-    assert not unused, f"not in the chapter any more: {sorted(unused)}"
 
     world = names["worlds"][40]
     assert (world.classes, len(world.parts["unseen"])) == (40, 80)

@@ -1,13 +1,9 @@
 """PatchNCE: the loss, its criterion, the places, the head, the features, and the adversarial loss."""
 
 import math
-import sys
 import types
 from functools import partial, reduce
-from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +25,8 @@ from affnb.metric import (
     receptive_field,
     sample_patch_ids,
 )
+from tests.chapter_cells import fake_modules, run_cells
+from tests.processes import message_of, rows_of, run
 
 DOUBLE = torch.float64
 KINDS = ("image", "batch")
@@ -645,28 +643,11 @@ def whole_batch(world):
     return unit(images, 5, 4, seed=3), unit(images, 5, 4, seed=4)
 
 
-def rows_of(rank, world):
-    start = sum(SHARDS[world][:rank])
-    return slice(start, start + SHARDS[world][rank])
-
-
-def message_of(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 CASES = [(n, d, b) for n in KINDS for d in (True, False) for b in ("auto", "reference")]
 
 
-def work(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    group, rows, seen = dist.group.WORLD, rows_of(rank, world), {}
+def work(rank, world):
+    group, rows, seen = dist.group.WORLD, rows_of(rank, SHARDS[world]), {}
     query, key = (x[rows] for x in whole_batch(world))
     module._BLOCK_CPU = 30  # several blocks of rows
     for negatives, detach, backend in CASES:
@@ -696,17 +677,13 @@ def work(rank, world, folder):
     seen["single"] = message_of(
         lambda: patch_nce_loss(single, single, negatives="batch", group=group)
     )
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS))
 def ranks(request, tmp_path_factory):
     world = request.param
-    folder = tmp_path_factory.mktemp(f"world{world}")
-    torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run(work, world, tmp_path_factory.mktemp(f"world{world}"))
 
 
 def in_one_process(world, negatives, detach):
@@ -723,7 +700,7 @@ def test_ranks_together_are_one_process(ranks, negatives, detach, backend):
     world = len(ranks)
     value, to_query, to_key = in_one_process(world, negatives, detach)
     for rank, seen in enumerate(ranks):
-        own = rows_of(rank, world)
+        own = rows_of(rank, SHARDS[world])
         expected = (value, to_query[own], None if to_key is None else to_key[own])
         assert_same(seen[negatives, detach, backend], expected)
 
@@ -731,7 +708,7 @@ def test_ranks_together_are_one_process(ranks, negatives, detach, backend):
 def test_each_rank_scales_its_gradient_by_its_own_upstream(ranks):
     _, to_query, to_key = in_one_process(len(ranks), "batch", False)
     for rank, seen in enumerate(ranks):
-        own = rows_of(rank, len(ranks))
+        own = rows_of(rank, SHARDS[len(ranks)])
         assert_same(seen["upstream"][1:], [(rank + 1) * g[own] for g in (to_query, to_key)])
 
 
@@ -798,15 +775,8 @@ class FakeDetector(nn.Module):
 
 
 def test_full_profile_runs_on_a_stand_in(monkeypatch, tmp_path):
-    def fake(name, **members):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
-
     resize = lambda size: lambda x: F.interpolate(x[None], size=size)[0]  # noqa: E731
-    v2 = fake(
-        "torchvision.transforms.v2",
+    v2 = types.SimpleNamespace(
         Compose=lambda steps: lambda x: reduce(lambda v, step: step(v), steps, x),
         ToImage=lambda: lambda x: x,
         Resize=resize,
@@ -815,54 +785,42 @@ def test_full_profile_runs_on_a_stand_in(monkeypatch, tmp_path):
         ToDtype=lambda dtype, scale: lambda x: x.to(dtype),
         Normalize=lambda mean, sd: lambda x: (x - mean[0]) / sd[0],
     )
-    fake("torchvision")
-    fake("torchvision.transforms", v2=v2)
-    fake("torchvision.datasets", ImageFolder=FakeFolder)
-    fake("torchvision.models")
-    detector = lambda weights: FakeDetector()  # noqa: E731
-    fake("torchvision.models.detection", maskrcnn_resnet50_fpn=detector)
-    fake("torchmetrics.image.fid", FrechetInceptionDistance=FakeFID)
-
-    verdicts = {}
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
-    monkeypatch.setattr(
-        "affnb.claims.record", lambda id, said, verdict, evidence: verdicts.update({id: verdict})
+    fake_modules(
+        monkeypatch,
+        {
+            "torchvision": {},
+            "torchvision.transforms": {"v2": v2},
+            "torchvision.transforms.v2": vars(v2),
+            "torchvision.datasets": {"ImageFolder": FakeFolder},
+            "torchvision.models": {},
+            "torchvision.models.detection": {
+                "maskrcnn_resnet50_fpn": lambda weights: FakeDetector()
+            },
+            "torchmetrics.image.fid": {"FrechetInceptionDistance": FakeFID},
+        },
     )
-    plt.switch_backend("Agg")
-    small = {
-        "SIDE = 256 if": "SIDE = 32 if",
-        "Generator(3, 64, 5": "Generator(3, 2, 5",
-        "(64, 128, 256, 512), (2, 2, 2, 1)": "(2, 2, 2), (2, 2, 1)",
-        "1, 400, None, range(339, 400, 20)": "1, 2, None, range(2)",
-        '"block5"], 256, 256': '"block5"], 16, 8',
-        "num_workers=8": "num_workers=0",
-        "range(3 if full": "range(2 if full",
-    }
-    run = (
-        "import itertools",
-        "SIDE =",
-        "class Blur",
-        "def stripe",
-        "if full:\n    held",
-        "def strip(",
+    names, verdicts = run_cells(
+        "metric/patch_nce",
+        monkeypatch,
+        define=("strip", "PatchNCETerm", "runs", "figures"),
+        small={
+            "SIDE": "32",
+            'Generator(3, 64, 5, 4, 7, blur=True, padding="reflect")': (
+                'Generator(3, 2, 5, 4, 7, blur=True, padding="reflect")'
+            ),
+            "discriminator(3, (64, 128, 256, 512), (2, 2, 2, 1))": (
+                "discriminator(3, (2, 2, 2), (2, 2, 1))"
+            ),
+            "epochs": "2",
+            "judged": "range(2)",
+            'PatchNCETerm(G, ["input", "conv1", "conv2", "block1", "block5"], 256, 256)': (
+                'PatchNCETerm(G, ["input", "conv1", "conv2", "block1", "block5"], 16, 8)'
+            ),
+            "DataLoader(num_workers=)": "0",
+            "seeds": "[first_seed, first_seed + 1]",
+        },
+        data_root=str(tmp_path),
     )
-    run += ("class PatchNCETerm", "seeds = [first_seed", "figures, texts =")
-    names = {"profile": "full", "device": "cpu", "data_root": str(tmp_path), "seed": 0}
-    chapter = Path(__file__).parents[2] / "chapters" / "metric" / "patch_nce.ipynb"
-    unused, waiting = set(small), list(run)
-    for cell in nbformat.read(chapter, as_version=4).cells:
-        begins = [start for start in waiting if cell.source.startswith(start)]
-        if cell.cell_type != "code" or not begins:
-            continue
-        waiting.remove(begins[0])
-        source = cell.source
-        for old, new in small.items():
-            if old in source:
-                source, unused = source.replace(old, new), unused - {old}
-        exec(compile(source, begins[0], "exec"), names)
-    assert not waiting, waiting
-    assert not unused, unused
     assert set(verdicts) == {"metric/patch_nce:content-kept", "metric/patch_nce:style-reached"}
     followed = names["runs"]["CUT", names["first_seed"]]
     assert [f["content"] for f in followed] == [

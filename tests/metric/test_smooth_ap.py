@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from affnb.metric import (
     smooth_ap_loss,
     smooth_average_precision,
 )
+from tests.processes import message_of, rows_of, run
 
 module = importlib.import_module("affnb.metric.smooth_ap")
 
@@ -801,26 +801,9 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 1, 4])
 BANK = torch.tensor([0, 0, 1, 5, 2, 3, 3, 9, 1, 0, 2])
 
 
-def rows_of(rank, world):
-    start = sum(SHARDS[world][:rank])
-    return slice(start, start + SHARDS[world][rank])
-
-
-def message_of(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def work(rank, world, folder):
-    """Everything that one process does; what it saw is saved for the tests to judge."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    own, seen = rows_of(rank, world), {}
+def work(rank, world):
+    """Everything that one process does: what it saw, for the tests to judge."""
+    own, seen = rows_of(rank, SHARDS[world]), {}
     x, y, labels = unit(11, 4)[own], unit(11, 4, seed=1)[own], LABELS[own]
     for backend in ("auto", "reference"):
         for include_self in (False, True):
@@ -850,18 +833,14 @@ def work(rank, world, folder):
     (world * criterion(F.normalize(model(x), dim=1), labels)).backward()
     seen["ddp"] = model.module.weight.grad
     seen["long rows"] = message_of(lambda: criterion(x * (1 + (rank == 0)), labels))
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS))
 def ranks(request, tmp_path_factory):
     """What each rank of a world of two, and of three, saw."""
     world = request.param
-    folder = tmp_path_factory.mktemp(f"world{world}")
-    torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run(work, world, tmp_path_factory.mktemp(f"world{world}"))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -879,7 +858,7 @@ def test_shards_are_one_batch(ranks, backend, form):
             ("cross", backend) if form == "cross" else ("batch", backend, form)
         ]
         torch.testing.assert_close(own_loss, loss, rtol=1e-12, atol=1e-12)
-        expected = [g[rows_of(rank, len(ranks))] for g in grads]
+        expected = [g[rows_of(rank, SHARDS[len(ranks)])] for g in grads]
         torch.testing.assert_close(list(own_grads), expected, rtol=1e-11, atol=1e-12)
 
 
@@ -890,7 +869,7 @@ def test_shards_upstream_ddp_and_degenerate(ranks):
     model = nn.Linear(4, 3).double()
     smooth_ap_loss(F.normalize(model(x), dim=1), LABELS, temperature=0.1).backward()
     for rank, seen in enumerate(ranks):
-        own = rows_of(rank, len(ranks))
+        own = rows_of(rank, SHARDS[len(ranks)])
         torch.testing.assert_close(seen["upstream"][1][0], (rank + 1) * grad[own])
         torch.testing.assert_close(seen["no grad"], loss)
         torch.testing.assert_close(seen["ddp"], model.weight.grad, rtol=1e-9, atol=1e-12)
@@ -903,13 +882,15 @@ def test_shards_upstream_ddp_and_degenerate(ranks):
         torch.testing.assert_close(half.double(), loss, rtol=0.02, atol=0.01)
         expected = "embeddings: expected rows of norm 1" if rank == 0 else "group: expected valid"
         assert seen["long rows"].startswith(f"ValueError: {expected}")
-    torch.testing.assert_close(ranks[0]["alone"], grad[rows_of(0, len(ranks))])
+    torch.testing.assert_close(ranks[0]["alone"], grad[rows_of(0, SHARDS[len(ranks)])])
 
 
 def test_mean_of_local_losses_is_another_objective():
     """Why the group exists: a shard has fewer wrong items, and flatters."""
     x = unit(11, 4)
-    local = [smooth_ap_loss(x[rows_of(r, 2)], LABELS[rows_of(r, 2)]) for r in range(2)]
+    local = [
+        smooth_ap_loss(x[rows_of(r, SHARDS[2])], LABELS[rows_of(r, SHARDS[2])]) for r in range(2)
+    ]
     assert sum(local) / 2 < smooth_ap_loss(x, LABELS) - 0.05
 
 

@@ -3,12 +3,8 @@
 import copy
 import importlib
 import math
-import sys
 import types
-from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -32,6 +28,8 @@ from affnb.metric import (
     selective_rows,
     soft_target_loss,
 )
+from tests.chapter_cells import fake_modules, run_cells
+from tests.processes import message_of, rows_of, run
 
 module = importlib.import_module("affnb.metric.sskd")
 
@@ -506,8 +504,8 @@ E3 = torch.eye(3)
         (lambda: info_nce(E3, 1, positive=E3[0]), TypeError, "positive: expected an integer dtype"),
         (lambda: info_nce(E3 / 0, 1), ValueError, "A: expected finite values"),
         (lambda: error_rank(E3[:2]), ValueError, "A: expected as many rows as columns"),
-        (lambda: selective_rows(torch.tensor([1]), 101), ValueError, "keep_percent: expected a number from 0 to 100"),
-        (lambda: selective_rows(torch.tensor([1]), -1), ValueError, "keep_percent: expected a finite number >= 0"),
+        (lambda: selective_rows(torch.tensor([1]), 101), ValueError, r"keep_percent: expected a number in \[0, 100\], got 101"),
+        (lambda: selective_rows(torch.tensor([1]), -1), ValueError, r"keep_percent: expected a number in \[0, 100\], got -1"),
         (lambda: selective_rows(torch.tensor([0])), ValueError, "rank: expected ranks >= 1"),
         (lambda: selective_rows(torch.tensor([1.0])), TypeError, "rank: expected an integer dtype"),
         (lambda: selective_rows(torch.tensor([1]), rounding="up"), ValueError, "rounding: expected one of"),
@@ -568,25 +566,18 @@ def collect(batch, **options):
     return found
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(SHARDS))
-    first = sum(SHARDS[:rank])
-    shard = [v[first : first + SHARDS[rank]] for v in whole_batch()]
+def work(rank, world):
+    shard = [v[rows_of(rank, SHARDS)] for v in whole_batch()]
     found = {b: collect(shard, group=dist.group.WORLD, backend=b) for b in ("auto", "reference")}
-    try:
-        bad = shard[0] * math.nan if rank else shard[0]
-        affinity_transfer_loss(bad, *shard[1:4], group=dist.group.WORLD)
-    except ValueError as error:
-        found["error"] = str(error)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    bad = shard[0] * math.nan if rank else shard[0]
+    found["error"] = message_of(
+        lambda: affinity_transfer_loss(bad, *shard[1:4], group=dist.group.WORLD)
+    )
+    return found
 
 
 def test_many_processes_are_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=len(SHARDS))
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(len(SHARDS))]
+    ranks = run(work, len(SHARDS), tmp_path)
     wanted = collect(whole_batch(), backend="reference")
     for backend in ("auto", "reference"):
         for k, value in enumerate(wanted):
@@ -597,7 +588,8 @@ def test_many_processes_are_one(tmp_path):
                 assert_same(parts, [value] * len(parts))
             else:
                 assert_same([torch.cat(parts)], [value])
-    assert "z_rows: expected finite values" in ranks[1]["error"]
+    assert ranks[1]["error"].startswith("ValueError: z_rows: expected finite values")
+    assert ranks[0]["error"].startswith("ValueError: group: expected valid input on every rank")
     assert "rank [1]" in ranks[0]["error"]
 
 
@@ -618,51 +610,30 @@ class FakeCIFAR100:
 
 
 def test_full_profile_runs_on_a_stand_in(monkeypatch, tmp_path):
-    def fake(name, **members):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, made)
-
-    fake("torchvision", datasets=types.SimpleNamespace(CIFAR100=FakeCIFAR100))
-    verdicts, widgets = {}, []
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr("IPython.display.display", lambda *args, **options: None)
-    monkeypatch.setattr("affnb.plotting.show", lambda *args, **options: plt.close("all"))
-    monkeypatch.setattr(
-        "affnb.claims.record", lambda id, said, verdict, evidence: verdicts.update({id: verdict})
+    datasets = types.SimpleNamespace(CIFAR100=FakeCIFAR100)
+    fake_modules(monkeypatch, {"torchvision": {"datasets": datasets}})
+    widgets = []
+    names, verdicts = run_cells(
+        "metric/sskd",
+        monkeypatch,
+        define=("told", "ceiling", "copies", "kept", "forms", "probes", "written", "checked"),
+        call=("settle", "record", "display", "explore"),
+        small={
+            "N": "8",
+            "classes": "5",
+            "[64, 64, 0, 128, 128, 0, 256, 256, 0, 512, 512, 512, 512]": "[4, 0, 8, 0, 8]",
+            "[64, 0, 128, 0, 256, 0, 512, 512]": "[4, 0, 4]",
+            "teacher_steps": "8",
+            "head_steps": "8",
+            "student_steps": "8",
+            "seeds": "[first_seed, first_seed + 1]",
+            "(16, 32, 64)": "(4,)",
+            "(256, 1024, 4096, 16384)": "(8, 16)",
+            "range(10)": "range(5)",
+        },
+        explore=lambda draw, **given: widgets.append((draw, given)),
+        data_root=str(tmp_path),
     )
-    plt.switch_backend("Agg")
-    small = {
-        "N = 64 if full": "N = 8 if full",
-        "classes = 100 if full": "classes = 5 if full",
-        "[64, 64, 0, 128, 128, 0, 256, 256, 0, 512, 512, 512, 512]": "[4, 0, 8, 0, 8]",
-        "[64, 0, 128, 0, 256, 0, 512, 512]": "[4, 0, 4]",
-        "(240 * 781, 60 * 781, 240 * 781) if full": "(8, 8, 8) if full",
-        "range(3 if full": "range(2 if full",
-        '"literal": (16, 32, 64)': '"literal": (4,)',
-        "(256, 1024, 4096, 16384)": "(8, 16)",
-        "for c in range(10)])": "for c in range(5)])",
-        "(range(10))": "(range(5))",
-    }
-    names = {"profile": "full", "device": "cpu", "data_root": str(tmp_path), "seed": 0}
-    chapter = Path(__file__).parents[2] / "chapters" / "metric" / "sskd.ipynb"
-    monkeypatch.setattr(
-        "affnb.widgets.explore", lambda draw, **given: widgets.append((draw, given))
-    )
-    unused = set(small)
-    for cell in nbformat.read(chapter, as_version=4).cells:
-        if cell.cell_type != "code" or {"setup", "parameters"} & set(cell.metadata.get("tags", [])):
-            continue
-        source = cell.source
-        if "prove(" in source:
-            continue  # the same in every profile
-        for old, new in small.items():
-            if old in source:
-                source, unused = source.replace(old, new), unused - {old}
-        exec(compile(source, source[:40], "exec"), names)
-        if "checked =" in source:  # what follows is the same in every profile
-            break
-    assert not unused, unused
     settled = {k.partition(":")[2] for k in verdicts} - {"literal-equals-fast"}
     assert settled == {
         "beats-kd-few", "beats-kd-noisy", "beats-kd-clean", "affinity-alone", "affinity-adds",
