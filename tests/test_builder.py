@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from builder import assets, build, chapters, pages, pdf, plain, reference
+from builder import assets, build, chapters, pages, pdf, plain, readable, reference
 from builder.pages import Claim
 
 SETUP = 'import os\n\nREPOSITORY = ""  # where from\n'
@@ -375,6 +375,52 @@ def test_a_chapter_ends_with_its_operations_and_its_paper(chapter):
     assert operations
     assert all(f"`~affnb.{chapter.part}.{entry.name}`" in closing for entry in operations)
     assert re.search(rf"{{cite:t}}`{chapter.metadata['paper']}`, \*[^*{{}}]+\*\.", closing)
+
+
+# --- chapters in plain Markdown ----------------------------------------------------------------------
+
+
+def test_plain_markdown_says_the_same_without_myst():
+    bibliography = readable.parse_file(build.ROOT / "book" / "references.bib")
+    names = {"the-limits": "Theorem (Limits)", "first": "Exercise 1"}
+
+    def plain(text, **where):
+        return readable.plain_markdown(text, names, bibliography, **where)
+
+    theorem = ":::{prf:theorem} Limits\n:label: the-limits\n\nIt is $x$.\n:::\nSo."
+    assert plain(theorem) == "**Theorem (Limits).**\n\nIt is $x$.\n\nSo."
+    assert plain(":::{exercise}\n:label: first\n\nDo.\n:::") == "**Exercise 1.**\n\nDo."
+    assert plain(":::{admonition} Two signs\n\nA.\n:::") == "**Two signs.**\n\nA."
+    solution = ":::{solution-start} first\n:class: dropdown\n:::"
+    assert plain(solution) == "**Solution of exercise 1.**"
+    assert plain(":::{solution-end}\n:::") == ""
+    assert plain("By {prf:ref}`the-limits` and {ref}`that one <first>`.") == (
+        "By Theorem (Limits) and that one."
+    )
+    assert plain("{cite:t}`wang2020affinity` say") == "Wang et al. (2020) say"
+    assert plain("so {cite:p}`wang2020affinity`") == "so (Wang et al., 2020)"
+    link = "[Smooth-AP](../metric/smooth_ap.ipynb), [x](https://x.org/a.md)"
+    assert plain(link) == "*Smooth-AP*, [x](https://x.org/a.md)"
+    here = {"here": "chapters/affinity/a.html", "site": "https://o.org/n"}
+    assert plain(link, **here).startswith(
+        "[Smooth-AP](https://o.org/n/chapters/metric/smooth_ap.html)"
+    )
+
+
+@pytest.mark.parametrize("chapter", chapters.list_chapters(), ids=lambda c: c.name)
+def test_a_chapter_to_take_away_has_no_myst_in_it(chapter):
+    notebook = nbformat.read(chapter.path, as_version=4)
+    names = readable.labels(chapters.list_chapters())
+    taken = readable.readable(notebook, chapter, names)
+    texts = [cell["source"] for cell in taken["cells"] if cell["cell_type"] == "markdown"]
+    assert not [
+        t for t in texts if not t or re.search(r"^(:::|```\{)|\{[a-z:]+\}`|\.ipynb\)", t, re.M)
+    ]
+    assert sum(t.count("**Exercise ") for t in texts) >= 3
+    assert reference.paper_title(chapter) in texts[-1]
+    code = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["source"] for cell in taken["cells"] if cell["cell_type"] == "code"] == code
+    nbformat.validate(taken)
 
 
 # --- the address -----------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_chapter_is_committed_in_canonical_form(path: Path) -> None:
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_chapter_metadata(path: Path, toc: list[str]) -> None:
     metadata = nbformat.read(path, as_version=4)["metadata"]["affnb"]
-    assert {"title", "paper", "builds_on", "minutes", "summary"} <= set(metadata)
+    assert {"title", "paper", "builds_on", "minutes", "summary", "names"} == set(metadata)
     assert metadata["paper"] in parse_file(ROOT / "book" / "references.bib").entries
     order = [chapter_of(entry) for entry in toc if entry.startswith("chapters/")]
     earlier = order[: order.index(f"{path.parent.name}/{path.stem}")]

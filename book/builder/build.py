@@ -22,6 +22,7 @@ from .assets import NOT_SERVED, assets
 from .canonical import canonical
 from .chapters import ROOT, ChapterError, execute_all, executed, list_chapters
 from .pages import LEDGER, MIME, LedgerError, read_ledger, unlisted, write_pages
+from .readable import labels, readable
 from .reference import closing, write_reference
 
 #: What the book on paper is called, beside the first page of the published site.
@@ -174,6 +175,7 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
     write_reference(target, chapters, root)
     vendor = target / "book" / "_static" / "vendor"
     shutil.copytree(assets(root / "_build" / "assets"), vendor, ignore=lambda *_: NOT_SERVED)
+    names = labels(chapters)
     for chapter in chapters:
         page = target / "chapters" / f"{chapter.name}.ipynb"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -181,10 +183,11 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
         last = nbformat.v4.new_markdown_cell(closing(chapter, root), id="in-the-package")
         notebook["cells"].append(last)
         nbformat.write(notebook, page)
-        # What the site offers for download: the source, light, and knowing where it came from.
+        # What the site offers for download: the source, readable anywhere, knowing where it came from.
         download = target / "downloads" / f"{chapter.name}.ipynb"
         download.parent.mkdir(parents=True, exist_ok=True)
         source = canonical(nbformat.read(chapter.path, as_version=4))
+        source = readable(source, chapter, names, site, root)
         nbformat.write(stamp(source, url, branch), download)
     with_widget(target / "book" / "preface.md", target / "chapters")
     return unlisted(claims, read_ledger(root))

@@ -166,6 +166,7 @@ def plan(
         "builds_on": [],
         "minutes": 15,
         "summary": "Replace this: the chapter in one sentence.",
+        "names": [],
     }
     files = {file: filled(template, names) for file, template in new_files(part, name).items()}
     entry = f"chapters/{part}/{name}"
