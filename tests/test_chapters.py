@@ -54,6 +54,13 @@ def test_runs_from_top_to_bottom(runs, chapter, profile):
         if output["output_type"] == "error"
     ]
     assert errors == []
+    warned = [
+        output["text"]
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stderr" and "Warning" in output["text"]
+    ]
+    assert warned == [], "what a page would show"
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code if cell["source"].strip())
     run = notebook["metadata"]["affnb_run"]

@@ -246,14 +246,14 @@ def step(rank, loss, folder):
     if rank == 1:
         os._exit(1)
     group, labels = dist.group.WORLD, torch.tensor([0, 0, 1, 1, 2, 2])
-    if loss == "patch_nce":
-        call = lambda: patch_nce_loss(
+    losses = {
+        "affinity": lambda: batch_affinity_loss(features, labels, group=group),
+        "smooth_ap": lambda: smooth_ap_loss(features, labels, group=group),
+        "patch_nce": lambda: patch_nce_loss(
             features[None], features[None], group=group, negatives="batch"
-        )  # noqa: E731
-    else:
-        named = {"affinity": batch_affinity_loss, "smooth_ap": smooth_ap_loss}[loss]
-        call = lambda: named(features, labels, group=group)  # noqa: E731
-    Path(folder, "said").write_text(message_of(lambda: call().backward()))
+        ),
+    }
+    Path(folder, "said").write_text(message_of(lambda: losses[loss]().backward()))
     os._exit(0)
 
 

@@ -259,9 +259,26 @@ def quat_to_rot(q: Tensor, *, convention: Convention = "hamilton") -> Tensor:
 
 
 def _rotation(q: Tensor) -> Tensor:
-    s, u = q[..., 0, None, None], q[..., 1:]
-    square = s * s - (u * u).sum(-1)[..., None, None]
-    return 2 * (u[..., :, None] * u[..., None, :] + s * _hat(u)) + square * _eye(3, q)
+    products = (q[..., :, None] * q[..., None, :]).flatten(-2)
+    R = products @ _rotation_table().to(q)
+    return R.reshape(*R.shape[:-1], 3, 3)
+
+
+@cache
+def _rotation_table() -> Tensor:
+    """Eq. 1 as a table, (16, 9): how often each product of two of (s, u) is in each entry of R."""
+    s, x, y, z = torch.eye(4, dtype=torch.float64)
+
+    def times(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, None] * b).flatten()
+
+    a, b, c, d = (times(v, v) for v in (s, x, y, z))
+    rows = [
+        a + b - c - d, 2 * (times(x, y) - times(s, z)), 2 * (times(x, z) + times(s, y)),
+        2 * (times(x, y) + times(s, z)), a - b + c - d, 2 * (times(y, z) - times(s, x)),
+        2 * (times(x, z) - times(s, y)), 2 * (times(y, z) + times(s, x)), a - b - c + d,
+    ]  # fmt: skip
+    return torch.stack(rows, -1)
 
 
 def _eye(n: int, like: Tensor) -> Tensor:
@@ -330,7 +347,7 @@ def _quaternion(R: Tensor) -> Tensor:
 
 
 def _unit(v: Tensor) -> Tensor:
-    unit: Tensor = v / v.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+    unit: Tensor = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=_TINY)
     return unit
 
 
@@ -1039,13 +1056,11 @@ def _start_near_identity(
     # Where the line hardly meets the sphere, the two starts stay a fifth of theta apart on either side.
     reach = b * b - a * (near[:, :3].square().sum(-1) - theta**2)
     reach = torch.maximum(reach, a * (theta / 5) ** 2).sqrt()
-    quaternions, translations = [], []
-    for sign in (-1, 1):
-        step = torch.nan_to_num(near + ((sign * reach - b) / a)[:, None] * line, 0.0, 0.0, 0.0)
-        half = theta[:, None] / 2
-        quaternions.append(torch.cat([torch.cos(half), torch.sin(half) * _unit(step[:, :3])], -1))
-        translations.append(_unit(t + (tangent @ step[:, 3:, None])[..., 0]))
-    return torch.stack(quaternions, 1), torch.stack(translations, 1)
+    along = torch.stack([(-reach - b) / a, (reach - b) / a], 1)[..., None]
+    step = torch.nan_to_num(near[:, None] + along * line[:, None], 0.0, 0.0, 0.0)
+    half = theta[:, None, None].expand(-1, 2, -1) / 2
+    quaternions = torch.cat([torch.cos(half), torch.sin(half) * _unit(step[..., :3])], -1)
+    return quaternions, _unit(t[:, None] + step[..., 3:] @ tangent.mT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1065,11 +1080,12 @@ def _newton_system(
     cross = torch.linalg.cross
     a = q1 @ _rotation(q).mT
     g = cross(a, q2)
-    axis = F.one_hot(t.abs().argmin(-1), 3).to(t)
+    axis = _eye(3, t)[t.abs().argmin(-1)]
     side = _unit(cross(t, axis))
     tangent = torch.stack([side, cross(t, side)], -1)
-    values = [(g @ t[..., None])[..., 0]]
-    turning = [(a @ t[..., None]) * q2 - (a * q2).sum(-1, keepdim=True) * t[..., None, :]]
+    row = t[..., None, :].expand_as(g)
+    values = [torch.linalg.vecdot(g, row)]
+    turning = [cross(a, cross(q2.expand_as(g), row))]
     shifting = [g @ tangent]
     length = u.norm(dim=-1, keepdim=True)
     if theta is not None:
@@ -1102,27 +1118,28 @@ def _newton(
     best = torch.full_like(q[:, 0], math.inf)
     active = torch.arange(len(q), device=q.device)
     for _ in range(steps + 1):
-        own = None if theta is None else theta[active]
-        value, slope, tangent = _newton_system(q, t, q1[active], q2[active], own, planar)
+        value, slope, tangent = _newton_system(q, t, q1, q2, theta, planar)
         error = value.abs().amax(-1)
-        better = error <= best[active]
+        better = (error <= best[active]).nonzero()[:, 0]
         ahead = active[better]
         best_q[ahead], best_t[ahead], best[ahead] = q[better], t[better], error[better]
         step, _ = torch.linalg.solve_ex(slope, -value)
         step = torch.nan_to_num(step, 0.0, 0.0, 0.0)
-        length = step.norm(dim=-1)
-        moving = length > 1e-14
-        if not bool(moving.any()):
+        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+        moving = (length[:, 0] > 1e-14).nonzero()[:, 0]
+        if not len(moving):
             break
-        active, q, t = active[moving], q[moving], t[moving]
-        step = (
-            step[moving] * (0.5 / length[moving]).clamp(max=1.0)[:, None]
-        )  # at most half a radian
+        if len(moving) < len(q):
+            active, q, t, q1, q2, tangent, step, length = (
+                x[moving] for x in (active, q, t, q1, q2, tangent, step, length)
+            )
+            theta = None if theta is None else theta[moving]
+        step = step * (0.5 / length).clamp(max=1.0)  # at most half a radian
         half = step[:, :3] / 2
         s, u = q[:, :1], q[:, 1:]
         turned = [s - (half * u).sum(-1, keepdim=True), u + s * half + torch.linalg.cross(half, u)]
         q = _unit(torch.cat(turned, -1))
-        t = _unit(t + (tangent[moving] @ step[:, 3:, None])[..., 0])
+        t = _unit(t + (tangent @ step[:, 3:, None])[..., 0])
     return best_q, best_t, best
 
 

@@ -1,4 +1,4 @@
-"""Minimal solvers in batches: ours, PoseLib on one thread (five points), the printed templates, RANSAC."""
+"""Minimal solvers in batches: ours, PoseLib and kornia (five points), the printed templates, RANSAC."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from affnb.geometry import (
 )
 from benchmarks.harness import Case, Step
 
+try:
+    from kornia.geometry.epipolar import find_essential
+except ImportError:
+    find_essential = None
+
 OURS, LITERAL, POSELIB, LOOP = "affnb", "printed templates", "PoseLib (C++)", "PyTorch (loop)"
+KORNIA = "kornia (matrices only)"
 POINTS = {"solve_five_point": 5, "solve_4p_st0": 4, "solve_known_angle": 4, "planar": 3}
 
 
@@ -46,6 +52,9 @@ def setup_solver(operation: str, implementation: str, shape: dict[str, int], dev
     if implementation == POSELIB:
         a, b = q1.cpu().numpy(), q2.cpu().numpy()
         return lambda: [poselib.essential_matrix_5pt(x, y) for x, y in zip(a, b, strict=True)]
+    if implementation == KORNIA:
+        p1, p2 = (q[..., :2] / q[..., 2:] for q in (q1, q2))
+        return lambda: find_essential(p1, p2)
 
     def step() -> PoseCandidates:
         if operation == "solve_five_point":
@@ -118,6 +127,8 @@ def setup_ransac(implementation: str, shape: dict[str, int], device: str) -> Ste
 
 
 def cases(device: str) -> list[Case]:
+    if find_essential is None:
+        print("kornia is not installed: solve_five_point is measured without it")
     found = []
     tiny = {"B": 2}
     for operation, setup in (
@@ -128,7 +139,8 @@ def cases(device: str) -> list[Case]:
     ):
         for batch in (1, 100, 2000):
             names = [OURS, *([LITERAL] if batch <= 100 else [])]
-            names += [POSELIB] * (operation == "solve_five_point")
+            if operation == "solve_five_point":
+                names += [POSELIB] + [KORNIA] * (find_essential is not None)
             found += [Case(operation, name, {"B": batch}, setup, tiny) for name in names]
     for name in (OURS, LITERAL):
         found.append(Case("solve_4p_st0, with gradients", name, {"B": 100}, setup_gradient, tiny))

@@ -781,6 +781,30 @@ def test_layer_rejects_input():
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("grad", ["lsq", "pact"])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+def test_quantizing_in_blocks_changes_nothing(monkeypatch, dtype, grad, signed):
+    """Long tensors go block by block; a stride, or several clipping levels, do not."""
+    x = torch.randn(3, 67, generator=seeded(), dtype=DOUBLE).to(dtype)
+    x[0, :3] = torch.tensor([math.inf, -math.inf, 1.1])
+    pull = torch.randn(3, 67, generator=seeded(1), dtype=DOUBLE).to(dtype)
+    results = []
+    for block, layout in ((10**6, torch.clone), (16, torch.clone), (16, strided)):
+        monkeypatch.setattr("affnb.efficient.bp_nas._BLOCK", block)
+        leaf = layout(x.clone()).detach().requires_grad_()
+        alpha = torch.tensor([1.1], dtype=DOUBLE if dtype == DOUBLE else torch.float32)
+        alpha.requires_grad_()
+        q = uniform_quantize(leaf, alpha, 4, signed, grad)
+        results.append((q.detach(), *torch.autograd.grad(q, (leaf, alpha), pull)))
+    for other in results[1:]:
+        for ours, whole in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-5, atol=0)
+    one = uniform_quantize(x.requires_grad_(), 1.1, 4, signed, grad)  # no gradient for the level
+    (grad_x,) = torch.autograd.grad(one, x, pull)
+    torch.testing.assert_close(grad_x, results[0][1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_autocast(dtype):
     x = torch.randn(200, generator=seeded()).to(dtype).requires_grad_()

@@ -2,17 +2,21 @@
 
 import itertools
 import math
+import re
 
+import numpy as np
 import poselib
 import pytest
 import sympy as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.autograd import gradcheck
 from torch.func import jacrev, vmap
 
 import affnb.geometry.se3_relative_pose as module
+from affnb.claims import VERDICTS
 from affnb.geometry import (
     cayley_to_rot,
     decompose_essential,
@@ -30,6 +34,7 @@ from affnb.geometry import (
     solve_known_angle,
     solve_translation_only,
 )
+from tests.chapter_cells import run_cells
 
 DOUBLE = torch.float64
 POINTS = {"5p": 5, "4p_st0": 4, "4p_ra": 4, "3p_ra_st0": 3}
@@ -402,6 +407,22 @@ def polished_essential(E, q1, q2):
         value = vmap(constraints)(e, q1, q2)
         e = e - (torch.linalg.pinv(slope(e, q1, q2)) @ value[..., None])[..., 0]
     return e.view(-1, 3, 3), vmap(constraints)(e, q1, q2).abs().amax(-1)
+
+
+def test_five_point_finds_the_essential_matrices_that_kornia_finds():
+    epipolar = pytest.importorskip("kornia.geometry.epipolar")
+    q1, q2, *_ = problems("random", 100, "5p", seed=12)
+    theirs = epipolar.find_essential(q1[..., :2] / q1[..., 2:], q2[..., :2] / q2[..., 2:])
+    ours = solve_five_point(q1, q2)
+    same = 0
+    for E, found, valid in zip(theirs, ours.E / 2**0.5, ours.valid, strict=True):
+        E, found = E[~E.isnan().any(-1).any(-1)], found[valid]
+        assert len(found)
+        if len(E) != len(found):  # a double root is one or two, or none, by its rounding
+            continue
+        away = torch.stack([found[:, None] - E, found[:, None] + E]).abs().amax((-1, -2)).amin(0)
+        same += bool(away.amin(0).max() < 1e-6) and bool(away.amin(1).max() < 1e-6)
+    assert same >= 95
 
 
 @pytest.mark.parametrize(
@@ -913,3 +934,120 @@ FRONT = FIVE.abs() + 0.1
 def test_bad_input(error, message, call):
     with pytest.raises(error, match="^" + message):
         call()
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter with profile="full"
+# --------------------------------------------------------------------------------------------------
+
+
+def write_drives(folder, focal=250.0, size=(320, 240)):
+    """Write two drives past patterned squares in KITTI's layout, and return their motions.
+
+    A drive has three frames more than 1 m apart, and one between that is not; it turns about the
+    vertical axis. A motion is ``(R, t, angle)``: from the first camera's coordinates to the second's.
+    """
+    random = np.random.default_rng(0)
+    points = random.uniform((-12, -8, 8), (12, 8, 30), (900, 3))
+    patterns = random.integers(0, 256, (900, 7, 7), dtype=np.uint8)
+    motions = []
+    (folder / "poses").mkdir()
+    for sequence, turn in (("00", 0.02), ("07", -0.03)):
+        images = folder / "sequences" / sequence / "image_0"
+        images.mkdir(parents=True)
+        P0 = [focal, 0, size[0] / 2, 0, 0, focal, size[1] / 2, 0, 0, 0, 1, 0]
+        lines = ["P1: " + " ".join(["9"] * 12), "P0: " + " ".join(map(str, P0))]
+        (images.parent / "calib.txt").write_text("\n".join(lines) + "\n")
+        poses = []
+        for frame, way in enumerate((0, 0.4, 1, 2)):
+            cos, sin = math.cos(turn * way), math.sin(turn * way)
+            rotation = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+            poses.append(np.c_[rotation, [0.1 * way, 0, 1.1 * way]])  # camera to world
+            seen, picture = (points - poses[-1][:, 3]) @ rotation, np.zeros(size[::-1], np.uint8)
+            for k in np.argsort(-seen[:, 2]):  # the farthest first
+                u, v = (focal * seen[k, :2] / seen[k, 2] + np.divide(size, 2)).round().astype(int)
+                if 3 < u < size[0] - 4 and 3 < v < size[1] - 4:
+                    picture[v - 3 : v + 4, u - 3 : u + 4] = patterns[k]
+            Image.fromarray(picture).save(images / f"{frame:06d}.png")
+        np.savetxt(folder / "poses" / f"{sequence}.txt", np.reshape(poses, (4, 12)))
+        for first, second in ((0, 2), (2, 3)):
+            back = poses[second][:, :3].T
+            step = back @ (poses[first][:, 3] - poses[second][:, 3])
+            motions.append((back @ poses[first][:, :3], step, abs(turn)))
+    return [(torch.from_numpy(R), torch.from_numpy(t), angle) for R, t, angle in motions]
+
+
+def test_full_profile(tmp_path, monkeypatch, capsys):
+    """The chapter's cells with ``profile="full"``, made small: they run, and tell the solvers the truth."""
+    motions, calls, poses = write_drives(tmp_path), [], []
+
+    def noted(names):
+        def invariants(H):
+            poses.append(H)
+            return se3_invariants(H)
+
+        def ransac(q1, q2, **options):
+            found = ransac_relative_pose(q1, q2, **options)
+            calls.append((q1, q2, options, found))
+            return found
+
+        names["ransac_relative_pose"], names["se3_invariants"] = ransac, invariants
+
+    names, verdicts = run_cells(
+        "geometry/se3_relative_pose",
+        monkeypatch,
+        define=("accuracy", "took", "panels", "arms", "kitti_errors"),
+        call=("settle",),
+        small={
+            "5000 if full else 100": "6 if full else 100",
+            "(1, 8, 64, 512, 4096, 16384)": "(1, 2, 3)",
+            "200 if full else 20": "4 if full else 20",
+            "10 if full else 6": "2 if full else 6",
+        },
+        after={"ransac_relative_pose": noted},
+        data_root=str(tmp_path),
+    )
+
+    # KITTI: two pairs of each drive, each to three solvers, with the true rotation and angle.
+    drives = [call for call in calls if call[2]["samples"] == 60]
+    assert [call[2]["solver"] for call in drives] == ["5p", "4p_st0", "3p_ra_st0"] * 4
+    for (R, t, _), H in zip(motions, poses[-4:], strict=True):
+        torch.testing.assert_close(H[:3], torch.cat([R, t[:, None]], 1))
+        assert H[3].tolist() == [0, 0, 0, 1]
+    errors = {"5P": [], "4P-ST0": [], "3P-RA-ST0": []}
+    for (R, t, angle), solved in zip(motions, zip(*[iter(drives)] * 3, strict=True), strict=True):
+        for name, (q1, q2, options, found) in zip(errors, solved, strict=True):
+            assert q1.shape == q2.shape == (len(q1), 3)
+            assert len(q1) > 20
+            off = sampson_distance(hat(unit(t)) @ R, q1, q2)
+            assert off.median() < 1 / 250  # a pixel
+            assert options["threshold"] == pytest.approx(2 / 250)
+            told = options["theta"]
+            if name == "3P-RA-ST0":
+                assert told.item() == pytest.approx(angle)
+            else:
+                assert told is None
+            assert found.valid
+            errors[name].append(math.degrees(math.acos(min(1, (found.t @ unit(t)).abs().item()))))
+    printed = re.findall(r"KITTI, (\S+): median (\S+), mean (\S+) degrees", capsys.readouterr().out)
+    assert [name for name, *_ in printed] == list(errors)
+    for name, *values in printed:
+        expected = np.median(errors[name]), np.mean(errors[name])
+        assert [float(v) for v in values] == pytest.approx(expected, abs=0.006)
+        assert max(expected) < 15
+
+    # The synthetic pairs: 4 of each of 2 seeds.
+    assert all(len(call[0]) == 4 for call in calls if call[2]["samples"] == 40)
+    assert all(len(values) == 2 for values in names["results"].values())
+    assert all(0 <= v <= 90 for values in names["results"].values() for v in values)
+    assert {e.shape for e in names["accuracy"].values()} == {(6,)}
+    assert {size for _, size in names["took"]} == {1, 2, 3}
+    assert {size for _, size in names["held"]} == {2, 3}
+    assert all(v > 0 for v in (*names["took"].values(), *names["held"].values()))
+    slugs = [slug for slug, *_ in names["plan"]]
+    assert len(slugs) == 6
+    assert set(verdicts) >= {
+        f"geometry/se3_relative_pose:{slug}" for slug in (*slugs, "noise-free")
+    }
+    assert set(verdicts.values()) <= set(VERDICTS)
+    assert verdicts["geometry/se3_relative_pose:noise-free"] == "measured"
