@@ -377,6 +377,15 @@ def test_a_chapter_ends_with_its_operations_and_its_paper(chapter):
     assert re.search(rf"{{cite:t}}`{chapter.metadata['paper']}`, \*[^*{{}}]+\*\.", closing)
 
 
+def test_the_code_of_long_proofs_is_folded():
+    long = "prove(\n" + 8 * '    "x",\n' + ")"
+    cells = [long, "prove('x')", long.replace("prove", "show")]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    folded = [c["metadata"].get("tags") for c in build.fold_proofs(notebook)["cells"]]
+    assert folded == [["hide-input"], None, None]
+    assert notebook["cells"][0]["metadata"] == {}, "the notebook itself stays"
+
+
 # --- chapters in plain Markdown ----------------------------------------------------------------------
 
 

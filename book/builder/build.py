@@ -142,6 +142,27 @@ def for_page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return result
 
 
+#: A proof whose code is longer is folded on its page; what it proves is in the card below the code.
+PROOF_LINES = 8
+
+
+def fold_proofs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return a notebook in which the code of long proofs is folded, under a line that says what it is."""
+    result = nbformat.from_dict(notebook)
+    for cell in result["cells"]:
+        proves = cell["cell_type"] == "code" and re.search(
+            r"^prove\(", cell["source"], re.MULTILINE
+        )
+        tags = cell["metadata"].get("tags", [])
+        if proves and "hide-input" not in tags and cell["source"].count("\n") >= PROOF_LINES:
+            cell["metadata"]["tags"] = [*tags, "hide-input"]
+            cell["metadata"]["mystnb"] = {
+                "code_prompt_show": "Show the proof in code",
+                "code_prompt_hide": "Hide the proof in code",
+            }
+    return result
+
+
 def stage(target: Path, root: Path = ROOT) -> list[str]:
     """Put everything that the site is made of into ``target``, which is emptied first.
 
@@ -179,7 +200,7 @@ def stage(target: Path, root: Path = ROOT) -> list[str]:
     for chapter in chapters:
         page = target / "chapters" / f"{chapter.name}.ipynb"
         page.parent.mkdir(parents=True, exist_ok=True)
-        notebook = for_page(nbformat.read(executed(chapter, root), as_version=4))
+        notebook = fold_proofs(for_page(nbformat.read(executed(chapter, root), as_version=4)))
         last = nbformat.v4.new_markdown_cell(closing(chapter, root), id="in-the-package")
         notebook["cells"].append(last)
         nbformat.write(notebook, page)
