@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.parallel import DistributedDataParallel
 
+from affnb.claims import VERDICTS
 from affnb.metric import (
     PKSampler,
     SmoothAPLoss,
@@ -26,6 +29,7 @@ from affnb.metric import (
     smooth_ap_loss,
     smooth_average_precision,
 )
+from tests.chapter_cells import fake_modules, run_cells
 from tests.processes import message_of, rows_of, run
 
 module = importlib.import_module("affnb.metric.smooth_ap")
@@ -921,3 +925,167 @@ def test_four_thousand_items_in_less_than_one_matrix():
     before, after = map(int, run.stdout.split())
     assert after < 2e9  # the whole process, PyTorch included
     assert after - before < 4 * 4096**2  # one float32 matrix B x B; B x B x B would be 275 GB
+
+
+# --------------------------------------------------------------------------------------------------
+# The chapter with profile="full"
+# --------------------------------------------------------------------------------------------------
+
+
+def write_products(folder, classes):
+    """Write pictures in the layout of Stanford Online Products: 4 of a class to train, 2 to test."""
+    files = folder / "Stanford_Online_Products"
+    files.mkdir(parents=True)
+    for split, each, first in (("train", 4, 1), ("test", 2, 1 + classes)):
+        lines = ["image_id class_id super_class_id path"]
+        for k in range(each * classes):
+            label = first + k // each
+            looks = np.random.default_rng(label).integers(20, 236, (8, 8, 3))
+            picture = looks + np.random.default_rng(1000 * label + k).integers(-9, 10, (8, 8, 3))
+            if label == first:  # some of the real ones are grey
+                picture = picture[..., 0]
+            Image.fromarray(picture.astype(np.uint8)).save(files / f"{split}_{k}.png")
+            lines.append(f"{k + 1} {label} 1 {split}_{k}.png")
+        (files / f"Ebay_{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def fake_torchvision(monkeypatch, seen, used):
+    """Let ``import torchvision`` find a ResNet-50's ends, and transforms with all sides 1/32 as long.
+
+    ``seen`` gets, for each batch that a network is given, whether it is in training mode, whether
+    under autocast, and the batch's shape; ``used`` the names of the transforms.
+    """
+
+    class Trunk(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            assert weights == "pretrained"
+            self.fc = nn.Linear(147, 1000)
+
+        def forward(self, x):
+            seen.append((self.training, torch.is_autocast_enabled("cpu"), tuple(x.shape)))
+            return self.fc(x.flatten(1))
+
+    def compose(steps):
+        def apply(x):
+            for name, step in steps:
+                used.add(name)
+                x = step(x)
+            return x
+
+        return apply
+
+    def resize(size):
+        def check(x):
+            assert tuple(x.shape[1:]) == tuple(side // 32 for side in size)
+            return x
+
+        return check
+
+    def crop(side):
+        return lambda x: x[:, : side // 32, : side // 32]
+
+    def normalise(*statistics):
+        mean, sd = (torch.tensor(v)[:, None, None] for v in statistics)
+        return lambda x: (x - mean) / sd
+
+    def named(name, make):
+        return lambda *given, **options: ((name, *given), make(*given, **options))
+
+    transforms = {
+        "RGB": lambda: lambda picture: picture.convert("RGB"),
+        "ToImage": lambda: lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+        "Resize": resize,
+        "RandomCrop": crop,
+        "CenterCrop": crop,
+        "RandomHorizontalFlip": lambda: lambda x: x,
+        "ToDtype": lambda dtype, scale: lambda x: x.to(dtype) / (255 if scale else 1),
+        "Normalize": normalise,
+    }
+    v2 = {name: named(name, make) for name, make in transforms.items()}
+    weights = types.SimpleNamespace(IMAGENET1K_V1="pretrained")
+    fake_modules(
+        monkeypatch,
+        {
+            "torchvision": {},
+            "torchvision.models": {"resnet50": Trunk, "ResNet50_Weights": weights},
+            "torchvision.transforms": {"v2": types.SimpleNamespace(Compose=compose, **v2)},
+        },
+    )
+
+
+def test_full_profile(tmp_path, monkeypatch):
+    """The chapter's cells with ``profile="full"``, made small: they run, with the paper's settings."""
+    sop = pytest.importorskip("pytorch_metric_learning.datasets.sop")
+    monkeypatch.setattr(sop.StanfordOnlineProducts, "download_and_remove", None)  # it is all there
+    write_products(tmp_path / "sop", 60)
+    seen, used, trainings, temperatures = [], set(), [], []
+    fake_torchvision(monkeypatch, seen, used)
+
+    def fit(real, step, batches, optimizer):
+        trainings.append((optimizer, batches.batch_sampler, len(batches.dataset)))
+        return real(step, batches, optimizer)
+
+    def noted(names):
+        def loss(embeddings, labels, **options):
+            if options:  # the measurement of time and memory passes none
+                temperatures.append((*embeddings.shape, len(labels), options["temperature"]))
+            return smooth_ap_loss(embeddings, labels, **options)
+
+        names["smooth_ap_loss"] = loss
+
+    names, verdicts = run_cells(
+        "metric/smooth_ap",
+        monkeypatch,
+        define=("took", "held", "by_temperature"),
+        call=("settle", "display"),
+        small={
+            "(64, 128, 256, 512)": "(8, 12, 16, 20)",
+            "(*literal_sizes, 1024, 4096, 16384)": "(*literal_sizes, 24, 28, 32)",
+            "30_000 if full else 100": "2 if full else 100",
+            "3 if full else 6": "2 if full else 6",
+            "DataLoader(num_workers=)": "0",
+        },
+        after={"smooth_ap_loss": noted},
+        fit=fit,
+        data_root=str(tmp_path),
+    )
+
+    # Three losses and two more temperatures, two seeds each; batches as in the paper.
+    assert len(trainings) == 10
+    for optimizer, sampler, items in trainings:
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.Adam
+        assert (group["lr"], group["weight_decay"]) == (1e-5, 4e-5)
+        assert [p.shape for p in group["params"]] == [(512, 147), (512,)]
+        assert (sampler.classes_per_batch, sampler.samples_per_class, len(sampler)) == (56, 4, 2)
+        assert items == 240
+    training, testing = (True, True, (224, 3, 7, 7)), (False, False, (120, 3, 7, 7))
+    assert seen == [training, training, testing] * 10
+    middle, ends = (224, 512, 224, 0.01), [(224, 512, 224, t) for t in (0.001, 0.1)]
+    assert temperatures == [middle] * 4 + [t for t in ends for _ in range(4)]
+    assert {("Resize", (256, 256)), ("RandomCrop", 224), ("CenterCrop", 224)} < used
+    assert ("RandomHorizontalFlip",) in used
+
+    # A linear layer at random keeps pictures of one product together: images go with their labels.
+    assert set(names["found"]) == {"Smooth-AP", "triplet", "contrastive"}
+    assert all(len(runs) == 2 for runs in names["found"].values())
+    for mean_ap, recall in itertools.chain(*names["found"].values()):
+        assert 0.9 < mean_ap <= 1
+        assert len(recall) == 3  # at 1, 10 and 100 of 120
+        assert 0.8 < recall[0] <= recall[1] <= recall[2] <= 1
+    assert names["chosen"] == names["usual"]
+    assert list(names["by_temperature"]) == [0.001, 0.01, 0.1]
+    assert names["by_temperature"][0.01] == names["mAP"]["Smooth-AP"]
+    assert set(verdicts) == {
+        f"metric/smooth_ap:{claim}"
+        for claim in ("beats-triplet", "beats-contrastive", "not-too-sharp", "not-too-smooth")
+    }
+    assert set(verdicts.values()) <= set(VERDICTS)
+
+    for kind in ("took", "held"):
+        assert {name: len(values) for name, values in names[kind].items()} == {
+            "literal": 4,
+            "affnb": 7,
+        }
+        assert all(v > 0 for values in names[kind].values() for v in values)
