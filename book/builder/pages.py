@@ -219,10 +219,11 @@ def scoreboard(claims: Sequence[Claim], chapters: Sequence[Chapter]) -> str:
 
 # --- the map ---------------------------------------------------------------------------------------
 
-BOX_W, BOX_H, GAP_X, GAP_Y, LEFT, PER_ROW = 208, 46, 22, 34, 14, 4
+# Three boxes in a row fit into the column of the text.
+BOX_W, BOX_H, GAP_X, GAP_Y, LEFT, PER_ROW = 200, 46, 20, 34, 10, 3
 
 
-def _wrapped(title: str, width: int = 27) -> list[str]:
+def _wrapped(title: str, width: int = 26) -> list[str]:
     """Break a title into at most two lines that fit a box."""
     words, lines = title.split(), [""]
     for word in words:
