@@ -557,8 +557,8 @@ class _Sums(torch.autograd.Function):
     """Sums over the pairs, ``(2, K, C)``: grouping, separating; and how many there are.
 
     Nothing of the images' size is kept but the logits themselves; backward goes through the blocks
-    again. A row's gradient is complete, and carried on to the class logits, as soon as the block that
-    begins with it is done: the pairs of later blocks lie below.
+    again. A pair belongs to the block of its upper pixel, so when a block is done the gradients of its
+    rows are complete, and carried on to the class logits.
     """
 
     @staticmethod

@@ -481,7 +481,8 @@ class DilatedAffinityLoss(nn.Module):
 
     Time ``O(B R H W)``. Memory beyond the gradient of the logits, which is made on the way and once
     more, scaled, going back: the map ``(B, R, H, W)`` and a few maps of one rate and image.
-    Differentiating twice needs the reference. Under ``torch.compile`` the loop over images and rates runs uncompiled.
+    Differentiating twice needs the reference. Under ``torch.compile`` the loop over images and rates
+    runs uncompiled.
 
     Examples
     --------

@@ -72,8 +72,8 @@ def scene_graphs(
     Around each subject lie one related object, its instance rivals and its proximal rivals, at distances
     drawn alike; clutter lies anywhere. Two cues in the box around a pair tell them apart. *Contact* is
     there for the related object and for proximal rivals; *pose* for the related object and for instance
-    rivals. Each cue has unit noise, and an offset of its own that all pairs of a subject share (light, blur, the
-    size of a person): within a subject the offset does not change the order, across subjects it does.
+    rivals. Each cue has unit noise, and an offset of its own that all pairs of a subject share (light,
+    blur, the size of a person): within a subject it does not change the order, across subjects it does.
 
     Parameters
     ----------

@@ -1281,9 +1281,7 @@ def _implicit_gradient(
     return R, t + (tangent @ step[..., 3:, :])[..., 0]
 
 
-def _pure_rotation(
-    q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pure_rotation(q1: Tensor, q2: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Samples that a rotation alone explains: which, and their rotation and one possible translation."""
     still = (q1 @ q1.mT - q2 @ q2.mT).abs().amax((-1, -2)) < _NEAR
     R, t = torch.zeros_like(q1[:, :3, :]), torch.zeros_like(q1[:, 0])
@@ -1390,7 +1388,7 @@ def _solve_chunk(
             q, t, error = _newton(q, t, q1[problem], q2[problem], own, planar)
         twins = theta is None and not planar
         R, t, valid, front = _candidates(q, t, error, problem, q1, q2, twins, count)
-        still, turned, any_t = _pure_rotation(q1, q2, theta, planar)
+        still, turned, any_t = _pure_rotation(q1, q2, theta)
         only = torch.arange(count, device=R.device) == 0
         R = torch.where(
             still[:, None, None, None],

@@ -101,7 +101,7 @@ def contents(root: Path = ROOT) -> list[tuple[str, int]]:
 def for_paper(text: str, name: str, site: str = "", before: int = 0) -> BeautifulSoup:
     """Return a page of the site without what has no place on paper.
 
-    Only the article is left: set-up and plumbing are left out, solutions are open, widgets are pictures.
+    Only the article is left: folded code is left out, solutions are open, widgets are pictures.
 
     Parameters
     ----------
