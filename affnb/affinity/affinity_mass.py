@@ -80,6 +80,9 @@ Backend = Literal["auto", "reference"]
 _FORMS = ("focal", "log", "l2", "smooth_l1", "bce")
 _BACKENDS = ("auto", "reference")
 
+# Sums of exponentials below it may have lost terms that count: those smaller than any number are 0.
+_LEAST_SUM = {torch.float32: 1e-20, torch.float64: 1e-200}
+
 
 # --------------------------------------------------------------------------------------------------
 # The mass of a matrix of logits
@@ -113,46 +116,90 @@ def _check_logits(logits: Tensor, target: Tensor, mask: Tensor | None, normalisa
         raise ValueError("mask: expected at least one True (an entry to keep), got only False")
 
 
+def _mass_logit_at_once(
+    logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]] | None:
+    """Mass logits, their gradients and flags, with all weights relative to the largest logit of all.
+
+    ``None`` where that loses the targets or the others, because they are too far below it. On a CPU a
+    step with booleans costs as much as five with numbers, and a softmax as much as three: so the
+    targets are numbers, and each weight is made once.
+    """
+    least = _LEAST_SUM[logits.dtype]
+    others = logits - logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    others.exp_()
+    wanted = target.view(torch.uint8).to(logits.dtype)
+    counts = wanted.sum(-1)
+    wanted.mul_(others)
+    others.sub_(wanted)  # exact: each weight is on one side
+    sums = torch.stack([wanted.sum(-1), others.sum(-1)])
+    present: tuple[Tensor, ...] = ()
+    if not float(sums.amin()) > least:
+        empty = torch.stack([counts == 0, counts == wanted.shape[-1]])
+        if not bool(((sums > least) | empty).all()):
+            return None
+        present = (~empty).unbind()
+        sums.masked_fill_(empty.any(0), torch.inf)  # so the gradient is 0
+    factors = sums.reciprocal()[..., None]
+    slopes = wanted.mul_(factors[0]).addcmul_(others, factors[1], value=-1)
+    s = (sums[0] / sums[1]).log_()
+    return s.nan_to_num_(0.0) if present else s, slopes, present
+
+
+def _mass_logit_of_sides(
+    logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The same at any distance of the targets from the others, by a softmax of each.
+
+    A softmax also tells its log-sum-exp: the largest logit minus the log of the largest weight.
+    """
+    lowest = torch.finfo(logits.dtype).min  # not -inf: a softmax of nothing else would be NaN
+    present, sums, weights = [], [], []
+    for x in (torch.where(target, logits, lowest), torch.where(target, lowest, logits)):
+        top = x.amax(-1)
+        weights.append(x.softmax(-1))
+        sums.append(top - weights[-1].amax(-1).log())
+        present.append(top > lowest)
+    neither = ~(present[0] & present[1])
+    slopes = weights[0].sub_(weights[1]).masked_fill_(neither[..., None], 0.0)
+    return (sums[0] - sums[1]).masked_fill_(neither, 0.0), slopes, (present[0], present[1])
+
+
 class _MassLogit(torch.autograd.Function):
     """Mass logits of the last dimension, with their gradient made in the forward pass.
 
-    The gradient of ``s`` is the softmax over the targets minus the softmax over the others, and
-    each softmax also tells its log-sum-exp: the largest logit minus the log of the largest weight.
-    So two fused softmaxes give everything, and backward is one product. ``s`` is 0 with a zero
-    gradient where there is no target or no other; two flags say which.
+    The gradient of ``s`` is the softmax over the targets minus the softmax over the others, so
+    backward is one product. Where there is no target or no other, ``s`` is 0 with a zero gradient, and
+    two more tensors say so: whether there are targets, and whether there are others. They are left out
+    if all have both.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        lowest = torch.finfo(logits.dtype).min  # not -inf: a softmax of nothing else would be NaN
-        present, sums, weights = [], [], []
-        for x in (torch.where(target, logits, lowest), torch.where(target, lowest, logits)):
-            top = x.amax(-1)
-            weights.append(x.softmax(-1))
-            sums.append(top - weights[-1].amax(-1).log())
-            present.append(top > lowest)
-        both = present[0] & present[1]
-        slopes = weights[0].sub_(weights[1]).masked_fill_(~both[..., None], 0.0)
-        ctx.save_for_backward(logits, target, both, slopes)
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        # Which way to go depends on values, which a traced graph cannot look at.
+        found = None if torch.compiler.is_compiling() else _mass_logit_at_once(logits, target)
+        s, slopes, present = found or _mass_logit_of_sides(logits, target)
+        ctx.save_for_backward(logits, target, slopes, *present)
         ctx.mark_non_differentiable(*present)
-        return (sums[0] - sums[1]).masked_fill_(~both, 0.0), present[0], present[1]
+        return s, *present
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, target, both, slopes = ctx.saved_tensors
+        logits, target, slopes, *present = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: the same, through autograd
             lowest = torch.finfo(logits.dtype).min
             x = logits.clamp(min=lowest)
             slopes = torch.where(target, x, lowest).softmax(-1)
             slopes = slopes - torch.where(target, lowest, x).softmax(-1)
-            slopes = slopes.masked_fill(~both[..., None], 0.0)
+            if present:
+                slopes = slopes.masked_fill(~(present[0] & present[1])[..., None], 0.0)
         return grads[0][..., None] * slopes, None
 
 
 def _mass_logit(
     logits: Tensor, target: Tensor, mask: Tensor | None, normalisation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass logit, and whether there are targets and others, per graph (row)."""
+) -> tuple[Tensor, ...]:
+    """Mass logit per graph (row) and, unless all have both, whether there are targets and others."""
     x = logits.to(wide_dtype(logits))
     if mask is not None:
         x = x.masked_fill(~mask, -torch.inf)
@@ -162,8 +209,19 @@ def _mass_logit(
         s = x.sum(-1)
         none = torch.zeros_like(s, dtype=torch.bool)
         return s, none, none
-    result: tuple[Tensor, Tensor, Tensor] = _MassLogit.apply(x, target)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = _MassLogit.apply(x, target)  # type: ignore[no-untyped-call]
     return result
+
+
+def _fill_in(
+    values: Tensor, present: Sequence[Tensor], without_targets: float, without_others: float
+) -> Tensor:
+    """Put the values that hold where a graph (row) has no target, or targets but no others."""
+    if not present:
+        return values
+    has_target, has_other = present
+    values = values.masked_fill(~has_target, without_targets)
+    return values.masked_fill(has_target & ~has_other, without_others)
 
 
 def affinity_mass(
@@ -216,9 +274,8 @@ def affinity_mass(
     tensor(0.3333)
     """
     _check_logits(logits, target, mask, normalisation)
-    s, has_target, has_other = _mass_logit(logits, target, mask, normalisation)
-    mass = s.sigmoid().masked_fill(~has_target, 0.0)
-    return mass.masked_fill(has_target & ~has_other, 1.0)
+    s, *present = _mass_logit(logits, target, mask, normalisation)
+    return _fill_in(s.sigmoid(), present, 0.0, 1.0)
 
 
 def log_affinity_mass(
@@ -258,9 +315,8 @@ def log_affinity_mass(
     tensor(-501.0986)
     """
     _check_logits(logits, target, mask, normalisation)
-    s, has_target, has_other = _mass_logit(logits, target, mask, normalisation)
-    log_mass = F.logsigmoid(s).masked_fill(~has_target, -torch.inf)
-    return log_mass.masked_fill(has_target & ~has_other, 0.0)
+    s, *present = _mass_logit(logits, target, mask, normalisation)
+    return _fill_in(F.logsigmoid(s), present, -torch.inf, 0.0)
 
 
 def _loss_of_mass_logit(s: Tensor, form: str, gamma: float) -> Tensor:
@@ -402,6 +458,7 @@ def affinity_mass_loss(
         )
 
     x = logits.to(wide_dtype(logits))
+    has_target: Tensor | None  # None: every graph (row) has one
     if backend == "reference" or form == "bce":
         keep = x > -torch.inf if mask is None else (x > -torch.inf) & mask
         has_target = (target & keep).flatten(-2 if normalisation == "matrix" else -1).any(-1)
@@ -412,14 +469,16 @@ def affinity_mass_loss(
             terms = F.logsigmoid(torch.where(target, x, -x))
             losses = -terms.masked_fill(~(keep & has_target[..., None, None]), 0.0).sum((-2, -1))
     else:
-        s, has_target, has_other = _mass_logit(logits, target, mask, normalisation)
-        losses = _loss_of_mass_logit(s, form, float(gamma))
-        losses = losses.masked_fill(~(has_target & has_other), 0.0)
+        s, *present = _mass_logit(logits, target, mask, normalisation)
+        losses = _fill_in(_loss_of_mass_logit(s, form, float(gamma)), present, 0.0, 0.0)
+        has_target = present[0] if present else None
 
     if reduction == "none":
         return losses
     total = losses.sum()
-    return total if reduction == "sum" else total / has_target.sum().clamp(min=1)
+    if reduction == "sum":
+        return total
+    return total / (losses.numel() if has_target is None else has_target.sum().clamp(min=1))
 
 
 # --------------------------------------------------------------------------------------------------

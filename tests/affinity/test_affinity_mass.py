@@ -398,6 +398,30 @@ def test_float32_is_float64_at_any_finite_logits(wanted, other):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "other"),
+    [(0.0, 0.0), (0.0, 40.0), (50.0, 0.0), (0.0, 1e4), (0.0, 1e10), (-3e38, 0.0), (3e38, -3e38)],
+)
+@pytest.mark.parametrize("normalisation", ["matrix", "row"])
+def test_float32_is_float64_at_any_finite_logits(wanted, other, normalisation):
+    """Near each other, targets and others share their exponentials; far from each other they cannot."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(3, 5, 5, generator=generator) < 0.4
+    target[0], target[1, 2] = False, True  # a graph without targets, a row without others
+    noise = torch.randn(3, 5, 5, generator=generator)
+    logits = torch.where(target, wanted, other) + noise
+    logits[2, 3] = -torch.inf
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = logits.to(dtype).requires_grad_()
+        losses = affinity_mass_loss(
+            x, target, form="log", normalisation=normalisation, reduction="none"
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        found.append((losses.detach().double(), gradient.double()))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_the_printed_form_fails_where_the_mass_logit_does_not():
     """What the fast backend is for: in float32 the printed equations give inf and NaN."""
     logits = torch.tensor([[-200.0, 0.0], [0.0, 0.0]])
