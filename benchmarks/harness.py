@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -34,6 +35,7 @@ class Work:
 
     bytes: int
     flops: int = 0
+    dtype: str = "float32"  # of the numbers that are multiplied
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,24 @@ def as_named(function: Callable[..., Any], implementation: str) -> Callable[...,
     return torch.compile(function, dynamic=False) if implementation.endswith(COMPILED) else function
 
 
-def limits(device: str) -> dict[str, float]:
+def limits(device: str) -> dict[str, Any]:
     """Measure what the device can do: bytes a second of a copy, flops a second of a product.
 
-    The copy counts what it reads and what it writes. Products are of square float32 matrices, as
-    PyTorch does them by default.
+    The copy counts what it reads and what it writes. Products are of square matrices of each dtype,
+    as PyTorch does them by default.
     """
     numbers, side = (2**26, 8192) if device == "cuda" else (2**25, 2048)
+    dtypes = [torch.float32, torch.bfloat16] if device == "cuda" else [torch.float32]
     a, b = torch.zeros(2, numbers, device=device).unbind()
-    x, y = torch.randn(2, side, side, device=device).unbind()
-    out = torch.empty_like(x)
-    steps: list[Step] = [lambda: b.copy_(a), lambda: torch.mm(x, y, out=out)]
-    copy, product = (
-        min(_time_once(step, device) for _ in range(8)) for step in steps
-    )  # the best: a limit is what was reached once
-    return {"copy_bytes_per_s": 8 * numbers / copy, "matmul_flops_per_s": 2 * side**3 / product}
+    # The best of some: a limit is what was reached once.
+    copy = min(_time_once(lambda: b.copy_(a), device) for _ in range(8))
+    products = {}
+    for dtype in dtypes:
+        x, y = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+        step = partial(torch.mm, x, y, out=torch.empty_like(x))
+        seconds = min(_time_once(step, device) for _ in range(8))
+        products[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+    return {"copy_bytes_per_s": 8 * numbers / copy, "matmul_flops_per_s": products}
 
 
 def _time_once(step: Step, device: str) -> float:
@@ -91,22 +96,36 @@ def _time_once(step: Step, device: str) -> float:
     return time.perf_counter() - began
 
 
-def median_seconds(cases: list[Case], device: str, *, budget: float = 4.0) -> list[float]:
-    """Median time of one step of each case.
+def _step_that_fits(case: Case, device: str) -> Step | None:
+    """Return a case's step once it has run; ``None`` if the GPU's memory does not hold it."""
+    try:
+        step = case.step(device)
+        _time_once(step, device)
+    except torch.OutOfMemoryError:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return None
+    return step
+
+
+def median_seconds(cases: list[Case], device: str, *, budget: float = 4.0) -> list[float | None]:
+    """Median time of one step of each case; ``None`` where the GPU's memory does not hold it.
 
     The cases take turns, so a change of the machine's load meets all of them. Each runs at least 3
     times after a warm-up, and at most 101 times; ``budget`` is about how many seconds all take.
     """
-    steps = [case.step(device) for case in cases]
-    for step in steps:
-        _time_once(step, device)
-    once = sum(_time_once(step, device) for step in steps)
+    steps = [_step_that_fits(case, device) for case in cases]
+    able = [step for step in steps if step is not None]
+    if not able:
+        return [None] * len(steps)
+    once = sum(_time_once(step, device) for step in able)
     rounds = max(3, min(101, int(budget / once)))
-    times: list[list[float]] = [[] for _ in steps]
+    times: dict[Step, list[float]] = {step: [] for step in able}
     for _ in range(rounds):
-        for step, own in zip(steps, times, strict=True):
-            own.append(_time_once(step, device))
-    return [statistics.median(own) for own in times]
+        for step in able:
+            times[step].append(_time_once(step, device))
+    return [None if step is None else statistics.median(times[step]) for step in steps]
 
 
 def _high_water_bytes() -> int:
@@ -163,7 +182,8 @@ def run(cases: list[Case], device: str) -> list[dict[str, Any]]:
                     "shape": case.shape,
                     "pass": "forward+backward",
                     "seconds": seconds,
-                    "peak_bytes": peak_bytes(case, device),
+                    "peak_bytes": None if seconds is None else peak_bytes(case, device),
+                    "out_of_memory": seconds is None,
                     "work": None if case.work is None else asdict(case.work),
                 }
             )

@@ -46,7 +46,8 @@ def device_name(device: str) -> str:
     if cpuinfo.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
         model = found.group(1) if found else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def commit() -> str:
@@ -95,14 +96,15 @@ def main() -> None:
         part, method = module.split("/")
         cases = importlib.import_module(f"benchmarks.{part}.bench_{method}").cases(device)
         report["results"] += [{"module": module, **row} for row in harness.run(cases, device)]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        path.parent.mkdir(exist_ok=True)  # after each module: a run that is stopped keeps them
+        path.write_text(json.dumps(report, indent=1) + "\n")
     for row in report["results"]:
         shape = ", ".join(f"{key}={value}" for key, value in row["shape"].items())
         memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:10.1f} MiB"
         print(
             f"{row['operation']:22} {shape:18} {row['implementation']:26} "
-            f"{1000 * row['seconds']:10.2f} ms {memory}"
+            + ("out of memory" if row["seconds"] is None else f"{1000 * row['seconds']:10.2f} ms")
+            + memory
         )
     print(f"Written to {path}")
 

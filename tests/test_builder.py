@@ -289,16 +289,23 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
         "device": "CPU",
         "versions": {"torch": "2.13.0"},
         "commit": "c0ffee",
-        "limits": {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e9},
+        "limits": {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"float32": 1e9}},
         "results": [
             shape
             | {
                 "implementation": "literal equations",
                 "seconds": 0.5,
                 "peak_bytes": 4_000_000,
-                "work": {"bytes": 10_000_000, "flops": 50_000_000},
+                "work": {"bytes": 10_000_000, "flops": 50_000_000, "dtype": "float32"},
             },
             shape | {"implementation": "auto", "seconds": 0.1, "peak_bytes": None},
+            shape
+            | {
+                "implementation": "peer",
+                "seconds": None,
+                "peak_bytes": None,
+                "out_of_memory": True,
+            },
         ],
     }
     (tmp_path / "cpu.json").write_text(json.dumps(data))
@@ -309,6 +316,7 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
     assert "<td>10.0%</td>" in page, "50 Mflop at 1 Gflop/s are 50 ms, of 500"
     assert page.count("<svg") == 2
     assert "not measured" in page
+    assert page.count("<td>out of memory</td>") == 2, "time and memory of the peer"
     (tmp_path / "gpu.json").write_text(json.dumps(data | {"device": "NVIDIA H100"}))
     page = pages.benchmarks(tmp_path)
     assert "Owed" not in page

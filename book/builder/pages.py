@@ -409,17 +409,16 @@ def _ratio(theirs: float | None, ours: float | None) -> str:
     return f" ({ratio:.0f}×)" if ratio >= 10 else f" ({ratio:.2g}×)"
 
 
-def _least(result: Mapping[str, Any], limits: Mapping[str, float] | None) -> float | None:
+def _least(result: Mapping[str, Any], limits: Mapping[str, Any] | None) -> float | None:
     """Return the seconds that the device needs for what no implementation can do without."""
     work = result.get("work")
     if not work or not limits:
         return None
-    return max(
-        work["bytes"] / limits["copy_bytes_per_s"], work["flops"] / limits["matmul_flops_per_s"]
-    )
+    flops = limits["matmul_flops_per_s"][work["dtype"]]
+    return max(work["bytes"] / limits["copy_bytes_per_s"], work["flops"] / flops)
 
 
-def _chart(results: Sequence[Mapping[str, Any]], limits: Mapping[str, float] | None) -> str:
+def _chart(results: Sequence[Mapping[str, Any]], limits: Mapping[str, Any] | None) -> str:
     """Draw time and memory of the implementations of one operation, a row for each size."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -507,10 +506,11 @@ def roofline(folder: Path) -> str:
                         label=operation if ours else None,
                     )
             left, right = axes.get_xlim()
-            copy, product = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
-            x = [min(left, product / copy) / 4, product / copy, max(right, product / copy) * 4]
-            y = [min(copy * v, product) for v in x]
-            axes.plot(x, y, color=COLOURS["grey"], label="roof")
+            copy, lines = limits["copy_bytes_per_s"], cycle(["-", "--"])
+            for dtype, product in limits["matmul_flops_per_s"].items():
+                x = [min(left, product / copy) / 4, product / copy, max(right, product / copy) * 4]
+                y = [min(copy * v, product) for v in x]
+                axes.plot(x, y, next(lines), color=COLOURS["grey"], label=f"roof, {dtype}")
             axes.set(xscale="log", yscale="log", xlabel="flops a byte", ylabel="flops a second")
             axes.legend(fontsize="small")
             axes.grid()
@@ -530,8 +530,8 @@ def benchmarks(folder: Path) -> str:
     """Write the page of benchmarks from ``<device>.json`` files, as MyST Markdown.
 
     A file holds ``{"device", "versions", "commit", "limits", "results": [{"operation",
-    "implementation", "shape", "pass", "seconds", "peak_bytes", "work"}]}``; a figure that is null was
-    not measured. The implementation that `LITERAL` names is what the others are set against.
+    "implementation", "shape", "pass", "seconds", "peak_bytes", "out_of_memory", "work"}]}``; a figure that is null
+    was not measured, unless memory ran out. The implementation that `LITERAL` names is what the others are set against.
     """
     lines = [
         "# Benchmarks",
@@ -572,9 +572,13 @@ def benchmarks(folder: Path) -> str:
         limits = data.get("limits")
         speeds = ""
         if limits:
+            products = " and ".join(
+                f"of {dtype} {flops / 1e9:.3g} Gflop/s"
+                for dtype, flops in limits["matmul_flops_per_s"].items()
+            )
             speeds = (
                 f" A copy moves {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, a product of matrices "
-                f"does {limits['matmul_flops_per_s'] / 1e9:.3g} Gflop/s."
+                f"does {products}."
             )
         lines += [
             f"## {data['device']}",
@@ -601,6 +605,8 @@ def benchmarks(folder: Path) -> str:
                         continue
                     own = literal.get((_shape(r["shape"]), kind))
                     time, memory = _seconds(r.get("seconds")), _bytes(r.get("peak_bytes"))
+                    if r.get("out_of_memory"):
+                        time = memory = "out of memory"
                     if own and own is not r:
                         time += _ratio(own.get("seconds"), r.get("seconds"))
                         memory += _ratio(own.get("peak_bytes"), r.get("peak_bytes"))

@@ -384,23 +384,17 @@ def test_finite_at_any_mass_logit(s, gamma, dtype):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "other"), [(0.0, 1e4), (0.0, 1e10), (-3e38, 0.0), (0.0, 3e38), (3e38, -3e38)]
-)
-def test_float32_is_float64_at_any_finite_logits(wanted, other):
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(5, 5, generator=generator) < 0.4
-    logits = torch.where(target, wanted, other) + torch.randn(5, 5, generator=generator)
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        x = logits.to(dtype).requires_grad_()
-        loss = affinity_mass_loss(x, target, form="log")
-        found.append((loss.detach().double(), torch.autograd.grad(loss, x)[0].double()))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
     ("wanted", "other"),
-    [(0.0, 0.0), (0.0, 40.0), (50.0, 0.0), (0.0, 1e4), (0.0, 1e10), (-3e38, 0.0), (3e38, -3e38)],
+    [
+        (0.0, 0.0),
+        (0.0, 40.0),
+        (50.0, 0.0),
+        (0.0, 1e4),
+        (0.0, 1e10),
+        (-3e38, 0.0),
+        (0.0, 3e38),
+        (3e38, -3e38),
+    ],
 )
 @pytest.mark.parametrize("normalisation", ["matrix", "row"])
 def test_float32_is_float64_at_any_finite_logits(wanted, other, normalisation):
