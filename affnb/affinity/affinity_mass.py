@@ -116,110 +116,109 @@ def _check_logits(logits: Tensor, target: Tensor, mask: Tensor | None, normalisa
         raise ValueError("mask: expected at least one True (an entry to keep), got only False")
 
 
+def _mass_logit_of_sides(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass logits, their gradients, and flags ``(2, ...)``: are there targets, are there others.
+
+    A softmax of each side; it also tells its log-sum-exp: the largest logit minus the log of the
+    largest weight. Without targets or without others both results are 0.
+    """
+    lowest = torch.finfo(logits.dtype).min  # not -inf: a softmax of nothing else would be NaN
+    tops, sums, weights = [], [], []
+    for x in (torch.where(target, logits, lowest), torch.where(target, lowest, logits)):
+        tops.append(x.amax(-1))
+        weights.append(x.softmax(-1))
+        sums.append(tops[-1] - weights[-1].amax(-1).log())
+    present = torch.stack(tops) > lowest
+    neither = ~present.all(0)
+    slopes = weights[0].sub_(weights[1]).masked_fill_(neither[..., None], 0.0)
+    return (sums[0] - sums[1]).masked_fill_(neither, 0.0), slopes, present
+
+
 def _mass_logit_at_once(
     logits: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]] | None:
-    """Mass logits, their gradients and flags, with all weights relative to the largest logit of all.
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The same with all weights relative to the largest logit, and no flags where all have both sides.
 
-    ``None`` where that loses the targets or the others, because they are too far below it. On a CPU a
-    step with booleans costs as much as five with numbers, and a softmax as much as three: so the
-    targets are numbers, and each weight is made once.
+    On a CPU a step with booleans costs as much as five with numbers, and a softmax as much as three:
+    so the targets are numbers, and each weight is made once. Without targets or without others both
+    results are some numbers. ``None``, if one side is so far below the other that its weights are lost.
     """
     least = _LEAST_SUM[logits.dtype]
     others = logits - logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     others.exp_()
     wanted = target.view(torch.uint8).to(logits.dtype)
-    counts = wanted.sum(-1)
+    targets = wanted.sum(-1)
     wanted.mul_(others)
     others.sub_(wanted)  # exact: each weight is on one side
     sums = torch.stack([wanted.sum(-1), others.sum(-1)])
-    present: tuple[Tensor, ...] = ()
+    present = None
     if not float(sums.amin()) > least:
-        empty = torch.stack([counts == 0, counts == wanted.shape[-1]])
-        if not bool(((sums > least) | empty).all()):
+        entries = torch.stack([targets, logits.shape[-1] - targets]).clamp_(max=1)
+        if not bool((sums >= least * entries).all()):  # nor for NaN
             return None
-        present = (~empty).unbind()
-        sums.masked_fill_(empty.any(0), torch.inf)  # so the gradient is 0
+        present = entries > 0
+        sums.clamp_(min=least)
     factors = sums.reciprocal()[..., None]
     slopes = wanted.mul_(factors[0]).addcmul_(others, factors[1], value=-1)
-    s = (sums[0] / sums[1]).log_()
-    return s.nan_to_num_(0.0) if present else s, slopes, present
-
-
-def _mass_logit_of_sides(
-    logits: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The same at any distance of the targets from the others, by a softmax of each.
-
-    A softmax also tells its log-sum-exp: the largest logit minus the log of the largest weight.
-    """
-    lowest = torch.finfo(logits.dtype).min  # not -inf: a softmax of nothing else would be NaN
-    present, sums, weights = [], [], []
-    for x in (torch.where(target, logits, lowest), torch.where(target, lowest, logits)):
-        top = x.amax(-1)
-        weights.append(x.softmax(-1))
-        sums.append(top - weights[-1].amax(-1).log())
-        present.append(top > lowest)
-    neither = ~(present[0] & present[1])
-    slopes = weights[0].sub_(weights[1]).masked_fill_(neither[..., None], 0.0)
-    return (sums[0] - sums[1]).masked_fill_(neither, 0.0), slopes, (present[0], present[1])
+    return torch.log(sums[0] / sums[1]), slopes, present
 
 
 class _MassLogit(torch.autograd.Function):
     """Mass logits of the last dimension, with their gradient made in the forward pass.
 
     The gradient of ``s`` is the softmax over the targets minus the softmax over the others, so
-    backward is one product. Where there is no target or no other, ``s`` is 0 with a zero gradient, and
-    two more tensors say so: whether there are targets, and whether there are others. They are left out
-    if all have both.
+    backward is one product. The second result says whether there are targets, and whether there are
+    others; it is ``None`` if all have both, and without both ``s`` is some number (see `_fill_in`).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         # Which way to go depends on values, which a traced graph cannot look at.
-        found = None if torch.compiler.is_compiling() else _mass_logit_at_once(logits, target)
+        tracing = torch.compiler.is_compiling()
+        found = None if tracing else _mass_logit_at_once(logits, target)
         s, slopes, present = found or _mass_logit_of_sides(logits, target)
-        ctx.save_for_backward(logits, target, slopes, *present)
-        ctx.mark_non_differentiable(*present)
-        return s, *present
+        ctx.save_for_backward(logits, target, slopes)
+        if present is not None:
+            ctx.mark_non_differentiable(present)
+        return s, present
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, target, slopes, *present = ctx.saved_tensors
+        logits, target, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: the same, through autograd
             lowest = torch.finfo(logits.dtype).min
             x = logits.clamp(min=lowest)
             slopes = torch.where(target, x, lowest).softmax(-1)
             slopes = slopes - torch.where(target, lowest, x).softmax(-1)
-            if present:
-                slopes = slopes.masked_fill(~(present[0] & present[1])[..., None], 0.0)
         return grads[0][..., None] * slopes, None
 
 
 def _mass_logit(
     logits: Tensor, target: Tensor, mask: Tensor | None, normalisation: str
-) -> tuple[Tensor, ...]:
-    """Mass logit per graph (row) and, unless all have both, whether there are targets and others."""
+) -> tuple[Tensor, Tensor | None]:
+    """Mass logit per graph (row), and whether there are targets and others; ``None``: all have both."""
     x = logits.to(wide_dtype(logits))
-    if mask is not None:
-        x = x.masked_fill(~mask, -torch.inf)
+    if mask is not None:  # 0 or -inf; far faster on a CPU than a choice
+        x = x + mask.view(torch.uint8).to(x.dtype).log()
+        target = target & mask
     if normalisation == "matrix":
         x, target = x.flatten(-2), target.flatten(-2)
     if x.numel() == 0:  # no entry has no largest one; keep the (empty) history for backward
         s = x.sum(-1)
-        none = torch.zeros_like(s, dtype=torch.bool)
-        return s, none, none
-    result: tuple[Tensor, ...] = _MassLogit.apply(x, target)  # type: ignore[no-untyped-call]
+        return s, torch.zeros_like(s, dtype=torch.bool).expand(2, *s.shape)
+    result: tuple[Tensor, Tensor | None] = _MassLogit.apply(x, target)  # type: ignore[no-untyped-call]
     return result
 
 
 def _fill_in(
-    values: Tensor, present: Sequence[Tensor], without_targets: float, without_others: float
+    values: Tensor, present: Tensor | None, without_targets: float, without_others: float
 ) -> Tensor:
     """Put the values that hold where a graph (row) has no target, or targets but no others."""
-    if not present:
+    if present is None:
         return values
     has_target, has_other = present
+    if without_targets == without_others:
+        return values.masked_fill(~(has_target & has_other), without_targets)
     values = values.masked_fill(~has_target, without_targets)
     return values.masked_fill(has_target & ~has_other, without_others)
 
@@ -274,7 +273,7 @@ def affinity_mass(
     tensor(0.3333)
     """
     _check_logits(logits, target, mask, normalisation)
-    s, *present = _mass_logit(logits, target, mask, normalisation)
+    s, present = _mass_logit(logits, target, mask, normalisation)
     return _fill_in(s.sigmoid(), present, 0.0, 1.0)
 
 
@@ -315,7 +314,7 @@ def log_affinity_mass(
     tensor(-501.0986)
     """
     _check_logits(logits, target, mask, normalisation)
-    s, *present = _mass_logit(logits, target, mask, normalisation)
+    s, present = _mass_logit(logits, target, mask, normalisation)
     return _fill_in(F.logsigmoid(s), present, -torch.inf, 0.0)
 
 
@@ -469,9 +468,9 @@ def affinity_mass_loss(
             terms = F.logsigmoid(torch.where(target, x, -x))
             losses = -terms.masked_fill(~(keep & has_target[..., None, None]), 0.0).sum((-2, -1))
     else:
-        s, *present = _mass_logit(logits, target, mask, normalisation)
+        s, present = _mass_logit(logits, target, mask, normalisation)
         losses = _fill_in(_loss_of_mass_logit(s, form, float(gamma)), present, 0.0, 0.0)
-        has_target = present[0] if present else None
+        has_target = None if present is None else present[0]
 
     if reduction == "none":
         return losses
