@@ -34,9 +34,11 @@ def setup_batch(implementation: str, shape: dict[str, int], device: str) -> Step
             batch_affinity_loss, backend="auto" if implementation == OURS else "reference"
         )
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         features.grad = None
-        loss(features, labels).backward()
+        value = loss(features, labels)
+        value.backward()
+        return value
 
     return step
 
@@ -49,19 +51,23 @@ def setup_matrix(implementation: str, shape: dict[str, int], device: str) -> Ste
     backend = "auto" if implementation == OURS else "reference"
     loss = as_named(partial(affinity_mass_loss, backend=backend), implementation)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         logits.grad = None
-        loss(logits, target).backward()
+        value = loss(logits, target)
+        value.backward()
+        return value
 
     return step
 
 
 def cases(device: str) -> list[Case]:
     found = []
-    for n in (128, 512, 2048, 8192, 20_000):
+    on_gpu = device == "cuda"
+    for n in (128, 512, 2048, 8192, 20_000, *[65_536] * on_gpu):
         shape, small = {"N": n, "d": 128}, {"N": 16, "d": 128}
         # The literal form holds N x N x d numbers, the PyTorch form N x N several times.
-        names = [OURS] + [LITERAL] * (n <= 512) + [PYTORCH, PYTORCH + COMPILED] * (n <= 8192)
+        names = [OURS] + [LITERAL] * (n <= (8192 if on_gpu else 512))
+        names += [PYTORCH, PYTORCH + COMPILED] * (on_gpu or n <= 8192)
         # Products of all pairs, and their gradient times the features.
         work = Work(bytes=2 * 4 * n * 128 + 8 * n, flops=2 * 2 * n * n * 128)
         found += [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,7 @@ from affnb.affinity import (
 from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH = "affnb", "literal equations", "PyTorch (unfold)"
+PLAIN = "PyTorch (binary cross-entropy)"
 RATES = (8, 16)
 
 
@@ -43,16 +46,34 @@ def setup_propagation(implementation: str, shape: dict[str, int], device: str) -
     steps = shape["steps"]
     unfolded = as_named(unfolded_propagation, implementation)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         prob.grad = affinity.grad = None
         if implementation.startswith(PYTORCH):
             refined = unfolded(prob, affinity, rates, steps)
         else:
             backend = "auto" if implementation == OURS else "reference"
             refined = propagate_affinity(prob, affinity, offsets, iterations=steps, backend=backend)
-        refined.square().sum().backward()
+        value = refined.square().sum()
+        value.backward()
+        return value
 
     return step
+
+
+def plain_loss(
+    weights: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """The focal loss of each pair by PyTorch's own functions, weighted by categories, ``(R, 9)``."""
+    truth = target.float()
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    focal = (1 - torch.exp(-entropy)) ** 2 * entropy * valid
+    per_rate = (len(target), len(weights), 8, *target.shape[2:])
+    counted = valid.view(per_rate).sum(2)
+    positive = (target & valid).view(per_rate).sum(2)
+    category = (8 * positive / counted.clamp(min=1) + 0.5).floor().long()
+    weight = torch.stack([weights[r][category[:, r]] for r in range(len(weights))], 1)
+    loss = (weight * focal.view(per_rate).sum(2)).sum((0, 2, 3))
+    return (loss / (counted > 0).sum((0, 2, 3)).clamp(min=1)).sum()
 
 
 def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
@@ -67,11 +88,16 @@ def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
     freqs = neighbour_count_frequencies(target, valid, len(rates))
     backend = "auto" if implementation == OURS else "reference"
     criterion = DilatedAffinityLoss(freqs, backend=backend)
+    if implementation.startswith(PLAIN):
+        f = freqs.clamp(min=1e-6).float()
+        criterion = partial(as_named(plain_loss, implementation), (f[:, 8:] / f).sqrt())
     logits = torch.randn(target.shape, device=device).requires_grad_()
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         logits.grad = None
-        criterion(logits, target, valid).backward()
+        value = criterion(logits, target, valid)
+        value.backward()
+        return value
 
     return step
 
@@ -81,9 +107,10 @@ def cases(device: str) -> list[Case]:
     small = {"B": 1, "C": 3, "H": 8, "steps": 2}
     # The literal form visits each pixel from Python; unfold keeps 18 copies of the probabilities a step.
     for side, names in (
-        (12, [OURS, LITERAL, PYTORCH]),
+        (12, [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED]),
         (60, [OURS, PYTORCH, PYTORCH + COMPILED]),
         (240, [OURS, PYTORCH, PYTORCH + COMPILED]),
+        *[(960, [OURS, PYTORCH, PYTORCH + COMPILED])] * (device == "cuda"),
     ):
         shape = {"B": 1, "C": 21, "H": side, "steps": 10}
         # Each iteration reads probabilities and affinity and writes probabilities; going back it
@@ -94,11 +121,11 @@ def cases(device: str) -> list[Case]:
             Case("propagate_affinity", name, shape, setup_propagation, small, work)
             for name in names
         ]
-    for side in (60, 240):
+    for side in (60, 240, *[960] * (device == "cuda")):
         shape, tiny = {"B": 4, "H": side}, {"B": 1, "H": 8}
         work = Work(bytes=4 * 16 * side**2 * (2 * 4 + 2))  # logits in, gradient out, two masks
         found += [
             Case("DilatedAffinityLoss", name, shape, setup_loss, tiny, work)
-            for name in (OURS, LITERAL)
+            for name in (OURS, LITERAL, PLAIN, PLAIN + COMPILED)
         ]
     return found

@@ -29,7 +29,7 @@ def setup_quantizer(implementation: str, shape: dict[str, int], device: str) -> 
     zero = torch.zeros(1, device=device)
     literal = as_named(literal_quantize, implementation)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         x.grad = alpha.grad = step_size.grad = None
         if implementation == OURS:
             q = uniform_quantize(x, alpha, 4, True)
@@ -37,7 +37,9 @@ def setup_quantizer(implementation: str, shape: dict[str, int], device: str) -> 
             q = literal(x, alpha, 4, True)
         else:  # PyTorch's fake quantisation with a learnt step
             q = torch._fake_quantize_learnable_per_tensor_affine(x, step_size, zero, -7, 7, 1.0)
-        q.sum().backward()
+        value = q.sum()
+        value.backward()
+        return value
 
     return step
 
@@ -57,7 +59,7 @@ def setup_supernet(implementation: str, shape: dict[str, int], device: str) -> S
         p, alpha_w, alpha_a = layer.probabilities(), layer.alpha_weight, layer.alpha_input
         y = x.new_zeros(())
         for j, (b, a) in enumerate(CANDIDATES):
-            if implementation == LITERAL:
+            if implementation.startswith(LITERAL):
                 q_x = literal_quantize(x, alpha_a[index_a[j]], a, False)
                 q_w = literal_quantize(layer.weight, alpha_w[index_b[j]], b, True)
             else:  # ranges that are not learnt, as PyTorch's fused fake quantisation has them
@@ -69,17 +71,21 @@ def setup_supernet(implementation: str, shape: dict[str, int], device: str) -> S
             y = y + p[j] * F.conv2d(q_x, q_w, padding=1)
         return y
 
-    def step() -> None:
+    forward = as_named(mixture, implementation)
+
+    def step() -> torch.Tensor:
         x.grad = None
         layer.zero_grad()
-        mixture().square().mean().backward()
+        value = forward().square().mean()
+        value.backward()
+        return value
 
     return step
 
 
 def cases(device: str) -> list[Case]:
     found = []
-    for numel in (2**14, 2**18, 2**22):
+    for numel in (2**14, 2**18, 2**22, *[2**26] * (device == "cuda")):
         shape, small = {"numel": numel}, {"numel": 64}
         work = Work(bytes=5 * 4 * numel)  # forward: in, out; backward: in, gradient in and out
         found += [
@@ -91,6 +97,6 @@ def cases(device: str) -> list[Case]:
         shape, small = {"B": 32, "C": channels, "H": side}, {"B": 1, "C": 2, "H": 4}
         found += [
             Case("MixedPrecisionConv2d", name, shape, setup_supernet, small)
-            for name in (OURS, LITERAL, PYTORCH)
+            for name in (OURS, LITERAL, PYTORCH, PYTORCH + COMPILED)
         ]
     return found

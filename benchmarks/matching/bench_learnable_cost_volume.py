@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from affnb.matching import CayleySPD, cost_volume
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL, PYTORCH, ALL_PAIRS = (
     "affnb",
@@ -46,17 +46,18 @@ def setup_volume(implementation: str, shape: dict[str, int], device: str) -> Ste
     size = shape["B"], shape["C"], shape["H"], shape["W"]
     f1, f2 = (torch.randn(size, device=device).requires_grad_() for _ in range(2))
     radius = shape["radius"]
+    peer = as_named(unfolded if implementation.startswith(PYTORCH) else all_pairs, implementation)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         f1.grad = f2.grad = None
-        if implementation == PYTORCH:
-            volume = unfolded(f1, f2, radius)
-        elif implementation == ALL_PAIRS:
-            volume = all_pairs(f1, f2, radius)
+        if implementation.startswith((PYTORCH, ALL_PAIRS)):
+            volume = peer(f1, f2, radius)
         else:
             backend = "auto" if implementation == OURS else "reference"
             volume = cost_volume(f1, f2, radius=radius, backend=backend)
-        volume.square().sum().backward()
+        value = volume.square().sum()
+        value.backward()
+        return value
 
     return step
 
@@ -68,35 +69,47 @@ def setup_learned(implementation: str, shape: dict[str, int], device: str) -> St
     f1, f2 = (torch.randn(size, device=device).requires_grad_() for _ in range(2))
     metric = CayleySPD(shape["C"], init="perturbed").to(device)
     radius = shape["radius"]
+    peer = as_named(unfolded, implementation)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         f1.grad = f2.grad = None
         metric.zero_grad()
-        if implementation == PYTORCH:
+        if implementation.startswith(PYTORCH):
             q = metric.factor()[:, :, None, None]
-            volume = unfolded(F.conv2d(f1, q), F.conv2d(f2, q), radius)
+            volume = peer(F.conv2d(f1, q), F.conv2d(f2, q), radius)
         else:
             backend = "auto" if implementation == OURS else "reference"
             volume = cost_volume(f1, f2, radius=radius, weight=metric(), backend=backend)
-        volume.square().sum().backward()
+        value = volume.square().sum()
+        value.backward()
+        return value
 
     return step
+
+
+def work(shape: dict[str, int], metric: bool = False) -> Work:
+    """Features in, their gradients out, scores out and their gradient in; products of all three."""
+    pixels, scores = shape["B"] * shape["H"] * shape["W"], (2 * shape["radius"] + 1) ** 2
+    channels = shape["C"]
+    flops = 3 * 2 * pixels * scores * channels + metric * 3 * 2 * pixels * channels**2
+    return Work(bytes=4 * pixels * (4 * channels + 2 * scores), flops=flops)
 
 
 def cases(device: str) -> list[Case]:
     found = []
     small = {"B": 1, "C": 4, "H": 6, "W": 8, "radius": 1}
-    # All pairs of pixels of the largest map would take 1.5 GB, and as much for the gradient.
-    for height, names in (
-        (15, [OURS, LITERAL, PYTORCH, ALL_PAIRS]),
-        (60, [OURS, LITERAL, PYTORCH, ALL_PAIRS]),
-        (120, [OURS, LITERAL, PYTORCH]),
-    ):
+    on_gpu = device == "cuda"
+    for height in (15, 60, 120, *[480] * on_gpu):
         shape = {"B": 1, "C": 64, "H": height, "W": 4 * height // 3, "radius": 4}
-        found += [Case("cost_volume", name, shape, setup_volume, small) for name in names]
+        names = [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED]
+        # All pairs of pixels of a map 120 high take 1.5 GB, and as much for the gradient.
+        names += [ALL_PAIRS, ALL_PAIRS + COMPILED] * (on_gpu or height <= 60)
+        found += [
+            Case("cost_volume", name, shape, setup_volume, small, work(shape)) for name in names
+        ]
     shape = {"B": 1, "C": 128, "H": 48, "W": 64, "radius": 4}
     found += [
-        Case("cost_volume + CayleySPD", name, shape, setup_learned, small)
-        for name in (OURS, LITERAL, PYTORCH)
+        Case("cost_volume + CayleySPD", name, shape, setup_learned, small, work(shape, True))
+        for name in (OURS, LITERAL, PYTORCH, PYTORCH + COMPILED)
     ]
     return found

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from affnb.metric import BroadFaceHead, compensate, margin_cross_entropy
-from benchmarks.harness import Case, Step
+from benchmarks.harness import COMPILED, Case, Step, Work, as_named
 
 OURS, LITERAL = "affnb", "literal equations"
 PYTORCH, PEER = "PyTorch (normalize, cross_entropy)", "pytorch-metric-learning"
@@ -35,18 +35,22 @@ def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
 
         peer = ArcFaceLoss(shape["C"], shape["D"], margin=math.degrees(0.5), scale=64).to(device)
         peer.collect_stats = False
+        peer.W.data.copy_(w.detach().T)
 
-    def step() -> None:
+    plain = as_named(plain_arcface, implementation)
+
+    def step() -> torch.Tensor:
         w.grad = None
         if implementation == PEER:
             peer.W.grad = None
             loss = peer(e, y)
-        elif implementation == PYTORCH:
-            loss = plain_arcface(e, w, y)
+        elif implementation.startswith(PYTORCH):
+            loss = plain(e, w, y)
         else:
             backend = "auto" if implementation == OURS else "reference"
             loss = margin_cross_entropy(e, w, y, backend=backend)
         loss.backward()
+        return loss
 
     return step
 
@@ -62,17 +66,20 @@ def setup_head(implementation: str, shape: dict[str, int], device: str) -> Step:
         head.queue.enqueue(e[batch:], w[y[batch:]], y[batch:])
     past, labels, proxies = e[batch:].clone(), y[batch:].clone(), head.queue.proxies.clone()
 
-    def step() -> None:
+    plain = as_named(plain_arcface, implementation)
+
+    def step() -> torch.Tensor:
         leaf.grad = head.weight.grad = w.grad = None
         if implementation == OURS:
-            head(leaf, own).backward()
-            return
+            loss: torch.Tensor = head(leaf, own)
+            loss.backward()
+            return loss
         with torch.no_grad():
             star = compensate(past, proxies, w[labels])
         union = torch.cat([leaf.detach(), star])
-        loss = plain_arcface(leaf, w.detach(), own)
-        loss = loss + plain_arcface(union, w, torch.cat([own, labels]))
+        loss = plain(leaf, w.detach(), own) + plain(union, w, torch.cat([own, labels]))
         loss.backward()
+        return loss
 
     return step
 
@@ -85,10 +92,18 @@ def cases(device: str) -> list[Case]:
     for rows, classes, dim in sizes:
         shape = {"rows": rows, "C": classes, "D": dim}
         small = {"rows": 8, "C": 8, "D": dim}
-        names = [OURS] + [LITERAL] * (classes < 50_000) + [PYTORCH, PEER]
-        found += [Case("margin_cross_entropy", name, shape, setup_loss, small) for name in names]
+        names = [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED, PEER]
+        # Embeddings and identities in, the identities' gradient out; the products of all pairs, and
+        # their gradient times the embeddings.
+        work = Work(bytes=4 * dim * (rows + 2 * classes), flops=2 * 2 * rows * classes * dim)
+        found += [
+            Case("margin_cross_entropy", name, shape, setup_loss, small, work) for name in names
+        ]
     for batch, queue_size, classes, dim in ((32, 1024, 1000, 64), (128, 2048, 11_318, 128)):
         shape = {"B": batch, "Q": queue_size, "C": classes, "D": dim}
         small = {"B": 2, "Q": 8, "C": 8, "D": dim}
-        found += [Case("BroadFaceHead", name, shape, setup_head, small) for name in (OURS, PYTORCH)]
+        found += [
+            Case("BroadFaceHead", name, shape, setup_head, small)
+            for name in (OURS, PYTORCH, PYTORCH + COMPILED)
+        ]
     return found

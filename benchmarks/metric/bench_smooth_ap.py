@@ -51,9 +51,11 @@ def setup_loss(implementation: str, shape: dict[str, int], device: str) -> Step:
         def loss(e: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return smooth_ap_loss(e, y, backend=backend)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         embeddings.grad = None
-        loss(embeddings, labels).backward()
+        value = loss(embeddings, labels)
+        value.backward()
+        return value
 
     return step
 
@@ -83,13 +85,13 @@ def setup_exact(implementation: str, shape: dict[str, int], device: str) -> Step
 
 def cases(device: str) -> list[Case]:
     found = []
-    # The literal form and the peer hold B x B x B numbers, several times over.
-    for batch, names in (
-        (96, [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED, PML]),
-        (384, [OURS, LITERAL, PYTORCH, PYTORCH + COMPILED, PML]),
-        (1024, [OURS, PYTORCH, PYTORCH + COMPILED]),
-        (4096, [OURS, PYTORCH]),
-    ):
+    on_gpu = device == "cuda"
+    for batch in (96, 384, 1024, 4096, *[16_384] * on_gpu):
+        names = [OURS]
+        # The literal form and the peer hold B x B x B numbers, several times over.
+        names += [LITERAL, PML] * (on_gpu or batch <= 384)
+        names += [PYTORCH, PYTORCH + COMPILED] * (on_gpu or batch <= 1024)
+        names += [PYTORCH] * (batch == 4096 and not on_gpu)
         shape = {"B": batch, "per class": 4, "d": 128}
         small = {"B": 16, "per class": 4, "d": 128}
         # Scores, and their gradient times the embeddings on either side.

@@ -38,16 +38,18 @@ def setup(implementation: str, shape: dict[str, int], device: str) -> Step:
             "backend": "reference" if implementation == LITERAL else "auto",
         }
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         rows.grad = cols.grad = None
-        loss(rows, cols, t_rows, t_cols, **options).backward()
+        value = loss(rows, cols, t_rows, t_cols, **options)
+        value.backward()
+        return value
 
     return step
 
 
 def cases(device: str) -> list[Case]:
     d, found = 64, []
-    for n in (256, 1024, 4096) if device == "cpu" else (1024, 4096, 16384):
+    for n in (256, 1024, 4096) if device == "cpu" else (1024, 4096, 16_384, 65_536):
         # The student's embeddings are read and their gradients written, the teacher's read. Products:
         # the student's cosines and two for their gradient, and the teacher's, twice as wide.
         work = Work(bytes=4 * n * d * (2 + 2 + 4), flops=(3 + 2) * 2 * n * n * d)
