@@ -10,116 +10,155 @@ import triton.language as tl
 from torch import Tensor
 
 from affnb.kernels.pairs import (
+    LOG2_E,
+    add_pieces,
+    add_product,
     add_to_running_sum,
     configurations,
-    dot_precision,
-    load_rows,
+    layout,
+    load_parts,
     log_of_sum,
+    pieces_of_columns,
+    rounded_size,
+    split_tile,
+    that_fit,
     tile_of_products,
 )
 
 __all__ = ["pull", "row_losses"]
 
 
-@triton.autotune(configurations(), key=["n", "m", "width"])
+@triton.autotune(
+    configurations(),
+    key=["size", "WIDTH", "PARTS"],
+    prune_configs_by={"early_config_prune": that_fit},
+)
 @triton.jit
 def _forward(
-    query, key, losses, logs, n, m, width, first,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, own_logits, logs, scale, n, m, length, first, x_step, y_step, size,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    query += group * n * width
-    key += group * m * width
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # All programs are in the first axis of the grid, the only one that takes more than 65,535.
+    blocks = tl.cdiv(n, BLOCK_M)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    query += group * n * WIDTH
+    key += group * m * WIDTH
+    coordinates = tl.arange(0, BLOCK_D)
+    x1, x2, x3 = load_parts(query, row, coordinates, n, x_step, BLOCK_M, WIDTH, PARTS)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     own = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, m, BLOCK_N):
+    begin = tl.program_id(1) * length
+    for start in range(begin, tl.minimum(begin + length, m), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        logits = tile_of_products(
-            query, key, rows, columns, n, m, width, width, width,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        products, _, _, _ = tile_of_products(
+            query, key, x1, x2, x3, row, start, coordinates, n, m, x_step, y_step,
+            WIDTH, PARTS, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        logits = tl.where(columns[None, :] < m, logits, float("-inf"))
+        logits = tl.where(columns[None, :] < m, products * scale, float("-inf"))
         top, total = add_to_running_sum(top, total, logits)
         own += tl.sum(tl.where(columns[None, :] == first + rows[:, None], logits, 0.0), 1)
-    log = log_of_sum(top, total)
-    tl.store(logs + group * n + rows, log, mask=rows < n)
-    tl.store(losses + group * n + rows, log - own, mask=rows < n)
+    at = (tl.program_id(1) * (tl.num_programs(0) // blocks) + group) * n + rows
+    tl.store(logs + at, log_of_sum(top, total), mask=rows < n)
+    tl.store(own_logits + at, own, mask=rows < n)
 
 
-@triton.autotune(configurations(), key=["n", "m", "width"])
+@triton.autotune(
+    configurations(),
+    key=["size", "WIDTH", "PARTS", "TO_KEYS"],
+    prune_configs_by={"early_config_prune": that_fit},
+)
 @triton.jit
 def _backward(
-    x, y, logs, pulled, n, m, width, first,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, TO_KEYS: tl.constexpr,
+    x, y, logs, pulled, scale, n, m, length, first, x_step, y_step, size,
+    TO_KEYS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j (w - e) y_j`` of each row of x: of queries over keys, or of keys over queries."""
-    group = tl.program_id(2).to(tl.int64)
-    x += group * n * width
-    y += group * m * width
-    pulled += group * n * width
+    """``scale sum_j (w - e) y_j`` of each row of x: of queries over keys, or of keys over queries."""
+    blocks = tl.cdiv(n, BLOCK_M)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    x += group * n * WIDTH
+    y += group * m * WIDTH
     logs += group * (m if TO_KEYS else n)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     coordinates = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    x1, x2, x3 = load_parts(x, row, coordinates, n, x_step, BLOCK_M, WIDTH, PARTS)
     if not TO_KEYS:
         log = tl.load(logs + rows, mask=rows < n, other=0.0)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, m, BLOCK_N):
+    begin = tl.program_id(2) * length
+    for start in range(begin, tl.minimum(begin + length, m), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        logits = tile_of_products(
-            x, y, rows, columns, n, m, width, width, width, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )
+        products, y1, y2, y3 = tile_of_products(
+            x, y, x1, x2, x3, row, start, coordinates, n, m, x_step, y_step,
+            WIDTH, PARTS, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         if TO_KEYS:
             log = tl.load(logs + columns, mask=columns < m, other=0.0)[None, :]
             own = rows[:, None] == first + columns[None, :]
         else:
             own = columns[None, :] == first + rows[:, None]
-        slopes = tl.exp(logits - log) - tl.where(own, 1.0, 0.0)
+        slopes = tl.exp2((products * scale - log) * LOG2_E) - tl.where(own, 1.0, 0.0)
+        # What lies outside may be infinite, and has no weight.
         slopes = tl.where((rows[:, None] < n) & (columns[None, :] < m), slopes, 0.0)
-        there = load_rows(y, columns, coordinates, m, width, width)
-        total += tl.dot(slopes, there, input_precision=PRECISION)
-    inside = (rows[:, None] < n) & (coordinates[None, :] < width)
-    at = rows[:, None].to(tl.int64) * width + coordinates[None, :]
-    tl.store(pulled + at, total, mask=inside)
+        s1, s2, s3 = split_tile(slopes, y1)
+        total = add_product(s1, s2, s3, y1, y2, y3, total, PARTS)
+    at = (tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * n + rows
+    to = pulled + at[:, None] * WIDTH + coordinates[None, :]
+    tl.store(to, scale * total, mask=rows[:, None] < n)
 
 
-def row_losses(query: Tensor, key: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def row_losses(
+    query: Tensor, key: Tensor, scale: float, first: int, width: int
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each query, and the log-sum-exp of its logits.
 
     Parameters
     ----------
-    query
-        float32, contiguous, shape ``(sets, n, C)``, divided by the temperature.
-    key
-        float32, contiguous, shape ``(sets, m, C)``.
+    query, key
+        Parts that `affnb.kernels.pairs.split` makes of features ``(sets, n, C)`` and ``(sets, m, C)``.
+    scale
+        One over the temperature: what products are multiplied by.
     first
         The key that belongs to query 0: that of query i is ``first + i``.
+    width
+        ``C``.
 
     Returns
     -------
     tuple of Tensor
-        Two of shape ``(sets, n)``.
+        Two of shape ``(sets, n)``, float32.
     """
-    (sets, n, width), m = query.shape, key.shape[1]
-    losses, logs = query.new_empty(2, sets, n).unbind()
-    if losses.numel():
-        _forward[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), sets)](
-            query, key, losses, logs, n, m, width, first, PRECISION=dot_precision()
-        )
-    return losses, logs
+    (parts, sets, n, _), m = query.shape, key.shape[2]
+    pieces, length = pieces_of_columns(sets * triton.cdiv(n, 64), m, query.device)
+    own, logs = query.new_empty((2, pieces, sets, n), dtype=torch.float32).unbind()
+    if logs.numel():
+        with torch.cuda.device_of(query):
+            _forward[lambda meta: (sets * triton.cdiv(n, meta["BLOCK_M"]), pieces)](
+                query, key, own, logs, scale, n, m, length, first, query[0].numel(),
+                key[0].numel(), rounded_size(sets * n, m), PARTS=parts, **layout(width),
+            )  # fmt: skip
+    total = logs[0] if pieces == 1 else logs.logsumexp(0)
+    return total - add_pieces(own), total
 
 
-def pull(query: Tensor, key: Tensor, logs: Tensor, first: int, *, to_keys: bool) -> Tensor:
+def pull(
+    query: Tensor, key: Tensor, logs: Tensor, scale: float, first: int, width: int, *, to_keys: bool
+) -> Tensor:
     """Gradient of the sum of all rows' losses with respect to the queries, or to the keys."""
     x, y = (key, query) if to_keys else (query, key)
-    (sets, n, width), m = x.shape, y.shape[1]
-    pulled = torch.empty_like(x)
-    block = min(128, max(16, triton.next_power_of_2(width)))
+    (parts, sets, n, _), m, shape = x.shape, y.shape[2], layout(width)
+    wide = shape["WIDTH"] // shape["BLOCK_D"]
+    pieces, length = pieces_of_columns(sets * triton.cdiv(n, 64) * wide, m, query.device)
+    pulled = logs.new_empty((pieces, sets, n, shape["WIDTH"]))  # whole tiles are written faster
     if pulled.numel():
-        _backward[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), triton.cdiv(width, block), sets)](
-            x, y, logs, pulled, n, m, width, first,
-            PRECISION=dot_precision(), BLOCK_D=block, TO_KEYS=to_keys,
-        )  # fmt: skip
-    return pulled
+        with torch.cuda.device_of(query):
+            _backward[lambda meta: (sets * triton.cdiv(n, meta["BLOCK_M"]), wide, pieces)](
+                x, y, logs, pulled, scale, n, m, length, first, x[0].numel(), y[0].numel(),
+                rounded_size(sets * n, m), TO_KEYS=to_keys, PARTS=parts, **shape,
+            )  # fmt: skip
+    return add_pieces(pulled)[..., :width]

@@ -114,23 +114,23 @@ def _blocks(sets: int, rows: int, columns: int, entries: int) -> Iterator[tuple[
 
 
 def _sweep(
-    query: Tensor, keys: Tensor, first: int, with_query: bool, with_keys: bool
+    query: Tensor,
+    keys: Tensor,
+    temperature: float,
+    first: int,
+    with_query: bool,
+    with_keys: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Sum of the rows' cross-entropies, and its gradients in the queries and the keys.
 
-    ``query`` is (sets, n, C), divided by the temperature, ``keys`` (sets, m, C); query i belongs to
-    key ``first + i``. With ``w`` the softmax of a row and ``e`` its target, the gradient in the
-    logits is ``w - e``, and two products carry it to queries and keys, block by block.
+    ``query`` is (sets, n, C), ``keys`` (sets, m, C); query i belongs to key ``first + i``. With ``w``
+    the softmax of a row and ``e`` its target, the gradient in the logits is ``w - e``, and two
+    products carry it to queries and keys, block by block. The results are float32 or wider.
     """
-    # A grid of blocks has at most 65,535 along the axis of the sets.
-    if kernels.wanted(query) and len(query) < 2**16 and not torch.compiler.is_compiling():
-        from affnb.kernels.patch_nce import pull, row_losses
-
-        query, keys = query.contiguous(), keys.contiguous()
-        losses, logs = row_losses(query, keys, first)
-        to_query = pull(query, keys, logs, first, to_keys=False) if with_query else None
-        to_keys = pull(query, keys, logs, first, to_keys=True) if with_keys else None
-        return losses.sum(), to_query, to_keys
+    if kernels.wanted(query) and not torch.compiler.is_compiling():
+        return _sweep_on_gpu(query, keys, temperature, first, with_query, with_keys)
+    wide = wide_dtype(query, keys)
+    query, keys = query.to(wide) / temperature, keys.to(wide)
     entries = _BLOCK_CUDA if query.is_cuda else _BLOCK_CPU
     to_query = torch.empty_like(query) if with_query else None
     to_keys = torch.zeros_like(keys) if with_keys else None
@@ -147,14 +147,34 @@ def _sweep(
             to_query[some, rows] = torch.bmm(logs, keys[some])
         if to_keys is not None:
             to_keys[some] += torch.bmm(logs.mT, query[some, rows])
-    return total, to_query, to_keys
+    return total, None if to_query is None else to_query.div_(temperature), to_keys
+
+
+def _sweep_on_gpu(
+    query: Tensor,
+    keys: Tensor,
+    temperature: float,
+    first: int,
+    with_query: bool,
+    with_keys: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `_sweep` returns, by the kernels, which take half precision as it is."""
+    from affnb.kernels.pairs import as_parts
+    from affnb.kernels.patch_nce import pull, row_losses
+
+    width, scale = query.shape[-1], 1 / temperature
+    q, k = as_parts(query), as_parts(keys)
+    losses, logs = row_losses(q, k, scale, first, width)
+    to_query = pull(q, k, logs, scale, first, width, to_keys=False) if with_query else None
+    to_keys = pull(q, k, logs, scale, first, width, to_keys=True) if with_keys else None
+    return losses.sum(), to_query, to_keys
 
 
 class _SumOfLosses(torch.autograd.Function):
     """Sum of the cross-entropies of all rows of all ranks, its gradients made in the forward pass.
 
-    ``query`` and ``key`` are (sets, n, C), the query already divided by the temperature; patches
-    compete within a set. Backward only multiplies, and communicates nothing.
+    ``query`` and ``key`` are (sets, n, C); patches compete within a set. Backward only multiplies, and
+    communicates nothing.
 
     ``shared`` says that all ranks' patches are one set: each rank then sweeps its own rows against
     all keys, and the gradient of its keys is the sum over ranks.
@@ -165,6 +185,7 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any,
         query: Tensor,
         key: Tensor,
+        temperature: float,
         shared: bool,
         with_grads: tuple[bool, bool],
         group: ProcessGroup | None,
@@ -174,19 +195,22 @@ class _SumOfLosses(torch.autograd.Function):
             parts = all_gather_uneven(key[0], group)
             first = sum(len(part) for part in parts[: torch.distributed.get_rank(group)])
             keys = torch.cat(parts)[None]
-        total, to_query, to_keys = _sweep(query, keys, first, *with_grads)
+        total, to_query, to_keys = _sweep(query, keys, temperature, first, *with_grads)
         if group is not None:
             torch.distributed.all_reduce(total, group=group)
             if shared and to_keys is not None:
+                to_keys = to_keys.contiguous()
                 torch.distributed.all_reduce(to_keys, group=group)
                 to_keys = to_keys[:, first : first + key.shape[1]]
         ctx.save_for_backward(to_query, to_keys)
+        ctx.dtype = query.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_differentiated_once("patch_nce_loss")
-        return *(None if g is None else grad * g for g in ctx.saved_tensors), None, None, None
+        to_features = (None if g is None else (grad * g).to(ctx.dtype) for g in ctx.saved_tensors)
+        return *to_features, None, None, None, None
 
 
 def _sum_of_printed(query: Tensor, key: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -273,6 +297,12 @@ def patch_nce_loss(
     ``torch.compile``, ``negatives="image"`` is traced whole, without the kernel; ``"batch"`` and
     ``group`` run uncompiled (a graph break).
 
+    The kernel multiplies half-precision features as they are and adds in float32, which gives the
+    same logits; the weights that multiply them in the gradient are rounded to their precision. Of
+    float32 features it keeps what ``torch.set_float32_matmul_precision`` asks for: all 24 bits at
+    ``"highest"`` (PyTorch's default; a float32 number is the sum of three bfloat16 ones, and the six
+    largest of their nine products are taken), 16 bits at ``"high"``, 8 at ``"medium"``.
+
     With ``group``, shards may be uneven, or empty. For ``"batch"`` the keys are gathered, each rank
     sweeps its own rows, and the sums (and, if ``detach_key=False``, the gradient of the keys) are
     all-reduced. Every rank gets the same value, and its features get the gradient of that value times
@@ -317,7 +347,8 @@ def _patch_nce(
         raise ValueError("query: expected at least two patches in the batch, got 1")
     with torch.autocast(query.device.type, enabled=False):
         wide = wide_dtype(query, key)
-        query, key = query.to(wide) / temperature, key.to(wide)
+        if query.dtype != key.dtype or group is not None or backend == "reference":
+            query, key = query.to(wide), key.to(wide)
         if detach_key:
             key = key.detach()
         if shared:
@@ -326,7 +357,7 @@ def _patch_nce(
             if shared and group is not None:
                 query, key = (gather_with_grad(x[0], group)[None] for x in (query, key))
                 group = None  # every rank has all patches now
-            total = _sum_of_printed(query, key, group)
+            total = _sum_of_printed(query / temperature, key, group)
         else:
             with_query, with_key = (
                 x.requires_grad and torch.is_grad_enabled() for x in (query, key)
@@ -335,7 +366,9 @@ def _patch_nce(
                 # Ranks must agree on whether the keys' gradient is reduced, whatever each one needs.
                 with_key = not detach_key
             with_grads = (with_query, with_key)
-            total = _SumOfLosses.apply(query, key, shared, with_grads, group)  # type: ignore[no-untyped-call]
+            total = _SumOfLosses.apply(  # type: ignore[no-untyped-call]
+                query, key, temperature, shared, with_grads, group
+            )
         return total / max(1, patches)
 
 

@@ -10,24 +10,55 @@ pytest.importorskip("triton.backends.nvidia")
 
 # Runs in a process of its own, because the rest of the suite has chosen the interpreter.
 SCRIPT = """
-import importlib, sys
+import importlib, os, re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 
-for module, name, integers, numbers, pointers, constants in eval(sys.argv[1]):
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+def stack_of(cubin):
+    path = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+    with open(path, "wb") as file:
+        file.write(cubin)
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\\d+)", usage.stdout).group(1))
+
+for module, name, integers, numbers, pointers, constants, *spilled in eval(sys.argv[1]):
     kernel = getattr(importlib.import_module("affnb.kernels." + module), name)
-    kernel = getattr(kernel, "fn", kernel) if "utotun" in type(kernel).__name__ else kernel
-    kinds = {**dict.fromkeys(constants, "constexpr"), **dict.fromkeys(integers, "i32")}
-    kinds |= {**dict.fromkeys(numbers, "fp32"), **pointers}
-    signature = {a: kinds.get(a, "*fp32") for a in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"]
+    choices = [({}, {})]
+    if hasattr(kernel, "configs"):  # an autotuner: all that it would try for these constants
+        choices = kernel.configs
+        if kernel.early_config_prune:
+            choices = kernel.early_config_prune(choices, {}, **constants)
+        assert choices, (module, name, constants)
+        choices = [(c.kwargs, {"num_warps": c.num_warps, "num_stages": c.num_stages}) for c in choices]
+        kernel = kernel.fn
+    kinds = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(numbers, "fp32"), **pointers}
+    for chosen, options in choices:
+        constexprs = constants | chosen
+        signature = {a: kinds.get(a, "*fp32") for a in kernel.arg_names}
+        signature |= dict.fromkeys(constexprs, "constexpr")
+        # What a launch finds out for itself, and what decides how wide a load is.
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (a, kind) in enumerate(signature.items())
+            if kind[0] == "*" or a in ("length", "step", "x_step", "y_step")
+        }
+        source = triton.compiler.ASTSource(kernel, signature, constexprs, attrs)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        case = (module, name, constexprs, options)
+        assert compiled.metadata.shared <= 227 * 1024, (case, compiled.metadata.shared)
+        stack = stack_of(compiled.asm["cubin"])
+        assert stack <= (spilled[0] if spilled else 64), (case, stack)
 """
 
-TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "PRECISION": "ieee"}
-PAIRS = ("n", "m", "width")
-LABELS = {"x_labels": "*i64", "y_labels": "*i64", "own": "*i64"}
+MASS = ("first", "n", "count", "length", "step", "size")
+NCE = ("n", "m", "length", "first", "x_step", "y_step", "size")
+PARTS = dict.fromkeys(("x", "y", "query", "key"), "*bf16")
+SINGLE = {"WIDTH": 128, "BLOCK_D": 128, "PARTS": 3}  # float32 at the precision "highest"
+WIDE = {"WIDTH": 256, "BLOCK_D": 256, "PARTS": 3}
+HALF = {"WIDTH": 256, "BLOCK_D": 256, "PARTS": 1}  # bfloat16
+WIDER = {"WIDTH": 512, "BLOCK_D": 128, "PARTS": 1}  # loaded piece by piece
 IMAGE = ("classes", "height", "width", "count", "sizes")
 STEPS = {"offsets": "*i32", "ends": "*i32", "labels": "*i32"}
 MAP = {"C": 32, "P": 32}
@@ -35,10 +66,16 @@ FIELD = {"CLIP": True, "OPPOSITE": True, "SAME_CLASS": False, "BY_CHANNEL": True
 VOLUME = ("channels", "h", "w", "high", "wide", "u", "v")
 NONE = ()
 KERNELS = [
-    ("batch_affinity_mass", "_forward", PAIRS, NONE, LABELS, TILE),
-    ("batch_affinity_mass", "_backward", PAIRS, NONE, LABELS, TILE | {"BLOCK_D": 32}),
-    ("patch_nce", "_forward", (*PAIRS, "first"), NONE, {}, TILE),
-    ("patch_nce", "_backward", (*PAIRS, "first"), NONE, {}, TILE | {"BLOCK_D": 32, "TO_KEYS": True}),
+    ("pairs", "_split", ("count", "width", "step"), NONE, {"parts": "*bf16"},
+     {"WIDTH": 128, "PARTS": 3, "BLOCK_M": 32, "BLOCK": 128}),
+    ("batch_affinity_mass", "_forward", MASS, NONE, PARTS | {"labels": "*i64"}, SINGLE),
+    # What these keep outside of their registers are addresses of shared memory, not sums.
+    ("batch_affinity_mass", "_backward", MASS, NONE, PARTS | {"labels": "*i64"}, SINGLE, 100),
+    ("patch_nce", "_backward", NCE, ("scale",), PARTS, WIDE | {"TO_KEYS": False}, 400),
+    ("patch_nce", "_forward", NCE, ("scale",), PARTS, WIDE),
+    ("patch_nce", "_forward", NCE, ("scale",), PARTS, HALF),
+    ("patch_nce", "_backward", NCE, ("scale",), PARTS, HALF | {"TO_KEYS": True}),
+    ("patch_nce", "_backward", NCE, ("scale",), PARTS, WIDER | {"TO_KEYS": False}),
     ("smooth_ap", "_rank", ("items", "p"), ("scale",), {}, {"N": 16, "J": 128}),
     ("smooth_ap", "_pull", ("count", "p"), ("scale", "sign"), {}, {"LEAVE_OUT": True, "N": 16, "J": 64}),
     ("affinity_fields", "_to_binary", IMAGE, NONE, STEPS, MAP),

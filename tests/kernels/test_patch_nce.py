@@ -11,6 +11,8 @@ from affnb.metric import patch_nce_loss
 SHAPES = [(1, 2, 1), (2, 7, 5), (3, 16, 16), (2, 37, 33), (1, 70, 3)]
 CASES = [(shape, negatives) for shape in SHAPES for negatives in ("image", "batch")]
 CASES += [((4, 1, 6), "batch")]  # a single patch has no negative in its image
+CASES += [((2, 35, 290), "image")]  # rows that come piece by piece
+CASES += [((1, 150, 4), "image")]  # and keys in several pieces
 
 
 def unit(*shape, seed=0):
@@ -63,6 +65,49 @@ def test_half_precision_and_autocast(kernels_everywhere, dtype):
     theirs = value_and_gradients(query.double(), key.double(), backend="reference")
     close(ours[:1], theirs[:1])  # the sums are float32; the gradient is rounded to the input's
     close(ours[1:], theirs[1:], 1e-2)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16,) * 2])
+def test_queries_and_keys_of_narrow_and_mixed_dtypes(kernels_everywhere, dtypes):
+    query, key = (
+        unit(2, 19, 16, seed=seed).to(kernels_everywhere, dtype)
+        for seed, dtype in enumerate(dtypes)
+    )
+    for detach_key in (True, False):
+        q, k = (x.detach().clone().requires_grad_() for x in (query, key))
+        value = patch_nce_loss(q, k, detach_key=detach_key)
+        assert value.dtype == torch.float32
+        value.backward()
+        assert q.grad.dtype == dtypes[0]
+        assert detach_key or k.grad.dtype == dtypes[1]
+        ours = [value.double(), q.grad.double(), None if detach_key else k.grad.double()]
+        theirs = value_and_gradients(
+            query.double(), key.double(), detach_key=detach_key, backend="reference"
+        )
+        close(ours[:1], theirs[:1])
+        close(ours[1:], [g if g is None else g / 3 for g in theirs[1:]], 5e-3)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("high", 2e-4), ("medium", 3e-2)])
+def test_precision_that_pytorch_is_told(kernels_everywhere, precision, tolerance):
+    query, key = (unit(2, 37, 33, seed=seed).to(kernels_everywhere) for seed in (0, 1))
+    theirs = value_and_gradients(query.double(), key.double(), backend="reference")
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours = value_and_gradients(query, key)
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    close(ours, theirs, tolerance)
+    assert (ours[1] - theirs[1]).norm() > 1e-6 * theirs[1].norm()  # it is not float32's
+
+
+def test_a_sure_query_has_a_small_loss_and_not_a_negative_one(kernels_everywhere):
+    key = torch.eye(8, device=kernels_everywhere)[None]
+    value, grad, _ = value_and_gradients(key, key, temperature=0.05)
+    double = value_and_gradients(key.double(), key.double(), temperature=0.05, backend="reference")
+    assert 0 <= value < 1e-5
+    close([grad], [double[1]])
 
 
 def test_features_that_are_not_contiguous(kernels_everywhere):
@@ -123,9 +168,9 @@ def test_one_row_block_of_a_larger_set_finds_its_own_key(kernels_everywhere):
     """What a rank does with its shard: its first query belongs to key ``first`` of all keys."""
     query, key = (unit(1, 41, 5, seed=seed).to(kernels_everywhere) for seed in (0, 1))
     shard = slice(9, 26)
-    ours = module._sweep(query[:, shard].contiguous(), key, 9, True, True)
+    ours = module._sweep(query[:, shard], key, 0.5, 9, True, True)
     q, k = (x.double().requires_grad_() for x in (query, key))
-    logits = q[0, shard] @ k[0].T
+    logits = q[0, shard] @ k[0].T / 0.5
     loss = F.cross_entropy(logits, torch.arange(9, 26, device=q.device), reduction="sum")
     to_query, to_keys = torch.autograd.grad(loss, (q, k))
     close([x.double() for x in ours], [loss.detach(), to_query[:, shard], to_keys])
