@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -529,6 +530,16 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2")
 
 
+@cache  # a failing import is looked for again and again, which takes longer than the boxes
+def _torchvision_box_iou() -> Callable[[Tensor, Tensor], Tensor] | None:
+    try:
+        from torchvision.ops import box_iou
+    except (ImportError, RuntimeError):  # RuntimeError: built for another PyTorch
+        return None
+    found: Callable[[Tensor, Tensor], Tensor] = box_iou
+    return found
+
+
 def _box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """``torchvision.ops.box_iou`` where torchvision is installed, else the same in plain PyTorch.
 
@@ -536,17 +547,15 @@ def _box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     only beside the very PyTorch build that they were made for, so its absence must not take this
     function away.
     """
-    try:
-        from torchvision.ops import box_iou
-    except (ImportError, RuntimeError):  # RuntimeError: built for another PyTorch
+    box_iou = _torchvision_box_iou()
+    if box_iou is None:
         low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
         high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
         overlap = (high - low).clamp(min=0).prod(-1)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
         other_area = (others[:, 2:] - others[:, :2]).prod(-1)
         return overlap / (area[:, None] + other_area[None, :] - overlap)
-    iou: Tensor = box_iou(boxes, others)
-    return iou
+    return box_iou(boxes, others)
 
 
 def relation_target(
@@ -733,7 +742,7 @@ def pair_recall_at_k(
 
     Notes
     -----
-    Time ``O(P^2 log P + R P^2)``, memory ``O(P^2)``.
+    Time ``O(P^2 log P + G P^2)`` for G objects, memory ``O(P^2)``.
 
     Examples
     --------
@@ -753,6 +762,8 @@ def pair_recall_at_k(
         raise ValueError("gt_pairs: expected at least one relation, got shape (0, 2)")
     check_integers(ks, "ks", 1)
 
+    if not logits.numel():
+        return torch.zeros(len(ks), device=logits.device)
     flat = logits.detach().flatten()
     never = flat.numel()  # the rank of what is not a candidate
     order = flat.argsort(descending=True, stable=True)
@@ -764,11 +775,10 @@ def pair_recall_at_k(
         # Masked entries must not use up places in the ranking.
         ranks[order] = candidate[order].cumsum(0) - 1
     ranks = ranks.masked_fill(~candidate, never).view_as(logits)
-    first = []  # the rank at which each relation is found
-    for alpha, beta in torch.unique(gt_pairs, dim=0).tolist():
-        found = ranks[assign[:, alpha]][:, assign[:, beta]]
-        first.append(int(found.min()) if found.numel() else never)
-    rank = torch.tensor(first)
+    # The best rank of the pairs of two objects: over the rows of the one, then the columns of the other.
+    best = torch.stack([torch.where(own[:, None], ranks, never).amin(0) for own in assign.T])
+    best = torch.stack([torch.where(own, best, never).amin(1) for own in assign.T], 1)
+    rank = best[tuple(torch.unique(gt_pairs, dim=0).long().T)]
     # A relation that no candidate finds keeps the rank `never`, however large K is.
     recalls = [float(((rank < k) & (rank < never)).float().mean()) for k in ks]
     return torch.tensor(recalls, device=logits.device)

@@ -91,7 +91,8 @@ def speckled_regions(
 
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     points = size * torch.rand(batch, regions, 2, 1, 1, generator=generator)
-    owner = torch.hypot(y - points[:, :, 0], x - points[:, :, 1]).argmin(1).flatten(1)
+    distance = torch.hypot(y - points[:, :, 0], x - points[:, :, 1])
+    owner = distance.min(1).indices.flatten(1)  # on a CPU many times faster here than `argmin`
     classes = torch.randint(num_classes, (batch, regions), generator=generator)
     levels = torch.rand(batch, regions, generator=generator).argsort(1) / (regions - 1)
     labels = classes.gather(1, owner).view(batch, size, size)

@@ -129,14 +129,21 @@ def _sweep(
     """
     if kernels.wanted(query) and not torch.compiler.is_compiling():
         return _sweep_on_gpu(query, keys, temperature, first, with_query, with_keys)
-    wide = wide_dtype(query, keys)
-    query, keys = query.to(wide) / temperature, keys.to(wide)
-    entries = _BLOCK_CUDA if query.is_cuda else _BLOCK_CPU
+    wide, scale = wide_dtype(query, keys), 1 / temperature
+    query, keys = query.to(wide), keys.to(wide)
     to_query = torch.empty_like(query) if with_query else None
     to_keys = torch.zeros_like(keys) if with_keys else None
     total = query.new_zeros(())
-    for some, rows in _blocks(len(query), query.shape[1], keys.shape[1], entries):
-        logs = torch.bmm(query[some, rows], keys[some].mT).log_softmax(-1)
+    entries = _BLOCK_CUDA if query.is_cuda else _BLOCK_CPU
+    blocks = list(_blocks(len(query), query.shape[1], keys.shape[1], entries))
+    # Fresh memory costs more than what is done in it: all blocks are made in the same.
+    largest = query[blocks[0]].shape[:2].numel() if blocks else 0
+    buffer = query.new_empty(largest, keys.shape[1])
+    for some, rows in blocks:
+        q, k = query[some, rows], keys[some]
+        logs = buffer[: q.shape[:2].numel()].view(*q.shape[:2], -1)
+        torch.baddbmm(logs, q, k.mT, beta=0, alpha=scale, out=logs)
+        torch.log_softmax(logs, -1, out=logs)
         target = logs.diagonal(first + rows.start, -2, -1)
         total -= target.sum()
         if to_query is None and to_keys is None:
@@ -144,10 +151,11 @@ def _sweep(
         logs.exp_()
         target -= 1  # a view of the diagonal: logs is w - e from here on
         if to_query is not None:
-            to_query[some, rows] = torch.bmm(logs, keys[some])
+            out = to_query[some, rows]
+            torch.baddbmm(out, logs, k, beta=0, alpha=scale, out=out)
         if to_keys is not None:
-            to_keys[some] += torch.bmm(logs.mT, query[some, rows])
-    return total, None if to_query is None else to_query.div_(temperature), to_keys
+            to_keys[some].baddbmm_(logs.mT, q, alpha=scale)
+    return total, to_query, to_keys
 
 
 def _sweep_on_gpu(
