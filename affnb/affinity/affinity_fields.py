@@ -879,7 +879,8 @@ def affinity_field_terms(
     backward, the gradient besides. The gradient is made from recomputed blocks:
     it cannot be differentiated again. Under ``torch.compile`` the sweep runs uncompiled (a graph
     break). Half precision is widened block by block; its gradient is summed in single precision, a few
-    images at a time.
+    images at a time. On a GPU a fused kernel keeps two maps of the logits' size in single precision,
+    and nothing else.
 
     Examples
     --------

@@ -805,11 +805,13 @@ class _PropagationByKernel(_Propagation):
         from affnb.kernels import affinity_propagation as kernel
 
         p, grad = p.contiguous(), grad.contiguous()
-        g = kernel.back_to_sums(p, after, totals, grad, self.offsets, grad_a)
+        before, means = kernel.back(
+            p, after, totals, grad, self.affinity, self.offsets, grad_a, self.lam,
+            anchored=self.anchored,
+        )  # fmt: skip
         if self.anchored:
-            anchor += g
-        own = torch.zeros_like(p) if self.anchored else self.back_own(p, g)
-        return kernel.back_to_map(g, own, self.affinity, self.offsets)
+            anchor += (grad - means) / totals
+        return before
 
 
 def _budget(prob: Tensor) -> int:

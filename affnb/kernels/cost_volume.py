@@ -1,7 +1,9 @@
 """Local cost volume and its gradients: windows of inner products, with no unfolded copy.
 
-A program takes a run of pixels; the windows of neighbouring pixels overlap, so what one displacement
-has read, the next finds in the cache.
+A program takes a run of pixels. Their windows overlap, so what one displacement has read, the next finds
+in the cache; and the width of a window is known to the compiler, which makes its displacements parts of
+the loads' addresses. Sums are ordinary multiply-adds in float32: the windows are a narrow band of the
+products of all pixels with all, of which matrix instructions would make, and drop, the rest as well.
 """
 
 import torch
@@ -9,74 +11,113 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affnb.kernels.tiles import configurations, planes, rounded, run_of_pixels
+
 __all__ = ["backward", "forward"]
 
-_BLOCK_P, _BLOCK_C = 64, 32
+#: Channels that a program of the backward pass takes.
+_LEAST, _MOST = 8, 64
+_CONFIGURATIONS = configurations((1024, 2), (2048, 2), (2048, 4), (4096, 4), small=128)
 
 
+@triton.autotune(configurations((64, 2), (128, 4), (128, 2), (256, 4), small=32), key=["near", "v"])
 @triton.jit
 def _forward(
-    a, b, out, channels, h, w, high, wide, u, v, P: tl.constexpr, C: tl.constexpr
+    a, b, out, channels, h, w, high, wide, u, near,
+    v: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Scores of a run of pixels with all displacements of one row of the window."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    k = tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)
-    inside = p < h * w
-    corner = (p // w + k) * wide + p % w  # the first candidate, in the padded map
-    for step in range(0, v):
-        total = tl.zeros((P,), tl.float32)
-        for start in range(0, channels, C):
-            c = start + tl.arange(0, C)
-            there = (c[:, None] < channels) & inside[None, :]
-            row = image * channels + c[:, None]
-            own = tl.load(a + row * (h * w) + p[None, :], mask=there, other=0.0)
-            other = tl.load(b + row * (high * wide) + corner[None, :] + step, mask=there, other=0.0)
-            total += tl.sum(own * other, 0)
-        tl.store(out + ((image * u + k) * v + step) * (h * w) + p, total, mask=inside)
+    size, padded = h * w, high * wide
+    runs = tl.cdiv(size, TILE)
+    p, inside = run_of_pixels(tl.program_id(0) % runs, size, TILE)
+    k = tl.program_id(0) // runs % u
+    image = (tl.program_id(0) // runs // u).to(tl.int64)
+    # Programs at the end of a map repeat its last pixel, which spares every load a mask.
+    here = tl.minimum(p, size - 1)
+    corner = (here // w + k) * wide + here % w  # the first candidate, in the padded map
+    a += image * channels * size
+    b += image * channels * padded
+    steps = tl.arange(0, V)[:, None]
+    scores = tl.zeros((V, TILE), tl.float32)
+    for _ in tl.range(0, channels, loop_unroll_factor=4):
+        own = tl.load(a + here)
+        for step in tl.static_range(v):
+            product = own * tl.load(b + corner + step)
+            scores = tl.where(steps == step, scores + product[None, :], scores)
+        a += size
+        b += padded
+    at = planes(out + (image * u + k) * v * size, tl.arange(0, V), size) + p[None, :]
+    tl.store(at, scores, mask=(steps < v) & inside[None, :])
 
 
 @triton.jit
-def _backward(
-    x, grad, out, channels, h, w, high, wide, u, v,
-    TO_PADDED: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+def _block(channels, rows, width, C: tl.constexpr, P: tl.constexpr):
+    """Image of a program, a block of its channels, a row, some of its columns; which of them exist."""
+    runs, blocks = tl.cdiv(width, P), tl.cdiv(channels, C)
+    columns, inside = run_of_pixels(tl.program_id(0) % runs, width, P)
+    row = tl.program_id(0) // runs % rows
+    c = tl.program_id(0) // runs // rows % blocks * C + tl.arange(0, C)
+    image = (tl.program_id(0) // runs // rows // blocks).to(tl.int64)
+    return image, c, row, columns, (c < channels)[:, None] & inside[None, :]
+
+
+@triton.autotune(_CONFIGURATIONS, key=["near", "v", "C"])
+@triton.jit
+def _back_to_own(
+    b, grad, out, channels, h, w, high, wide, u, near,
+    v: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a run of pixels of ``a`` (``x`` is ``b``), or of the padded ``b`` (``x`` is ``a``)."""
+    """Gradient of some pixels of ``a``: their candidates, weighed by those of the scores."""
+    P: tl.constexpr = TILE // C
     size, padded = h * w, high * wide
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    c = tl.program_id(1) * C + tl.arange(0, C)
-    image = tl.program_id(2).to(tl.int64)
-    count = padded if TO_PADDED else size
-    line = wide if TO_PADDED else w
-    row, column = p // line, p % line
-    channel = image * channels + c[:, None]
+    image, c, row, columns, inside = _block(channels, h, w, C, P)
+    exists = columns < w
+    # Again the last channel is repeated, to spare a mask.
+    b = planes(b + image * channels * padded + row * wide, tl.minimum(c, channels - 1), padded)
+    b += columns[None, :]
+    grad += image * u * v * size + row * w
     total = tl.zeros((C, P), tl.float32)
-    for k in range(0, u):
+    for _ in range(0, u):
+        for step in tl.static_range(v):
+            weight = tl.load(grad + columns, mask=exists, other=0.0)
+            total += weight[None, :] * tl.load(b + step, mask=exists[None, :], other=0.0)
+            grad += size
+        b += wide
+    out += image * channels * size + row * w
+    tl.store(planes(out, c, size) + columns[None, :], total, mask=inside)
+
+
+@triton.autotune(_CONFIGURATIONS, key=["near", "C"])
+@triton.jit
+def _back_to_padded(
+    a, grad, out, channels, h, w, high, wide, u, near,
+    v: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of some pixels of the padded ``b``, from the pixels whose candidates they are."""
+    P: tl.constexpr = TILE // C
+    size, padded = h * w, high * wide
+    image, c, row, columns, inside = _block(channels, high, wide, C, P)
+    a = planes(a + image * channels * size, tl.minimum(c, channels - 1), size)
+    grad += image * u * v * size
+    total = tl.zeros((C, P), tl.float32)
+    # Displacement (k, step) leads from row - k, which is to be a row of ``a``, to here.
+    first = tl.maximum(row - h + 1, 0)
+    grad += first.to(tl.int64) * v * size
+    for k in range(first, tl.minimum(row + 1, u)):
         for step in range(0, v):
-            if TO_PADDED:  # the pixel of ``a`` whose candidate (k, step) this is
-                y, z = row - k, column - step
-                exists = (p < count) & (y >= 0) & (y < h) & (z >= 0) & (z < w)
-                there = y * w + z
-                at = there
-                stride = size
-            else:
-                exists = p < count
-                there = (row + k) * wide + column + step
-                at = p
-                stride = padded
-            weight = tl.load(
-                grad + ((image * u + k) * v + step) * size + at, mask=exists, other=0.0
-            )
-            keep = (c[:, None] < channels) & exists[None, :]
-            value = tl.load(x + channel * stride + there[None, :], mask=keep, other=0.0)
+            x = columns - step
+            exists = (x >= 0) & (x < w)
+            there = (row - k) * w + x
+            weight = tl.load(grad + there, mask=exists, other=0.0)
+            value = tl.load(a + there[None, :], mask=exists[None, :], other=0.0)
             total += weight[None, :] * value
-    keep = (c[:, None] < channels) & (p < count)[None, :]
-    tl.store(out + channel * count + p[None, :], total, mask=keep)
+            grad += size
+    out += image * channels * padded + row * wide
+    tl.store(planes(out, c, padded) + columns[None, :], total, mask=inside)
 
 
 def _sizes(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    h, w, high, wide = *a.shape[2:], *b.shape[2:]
-    return a.shape[1], h, w, high, wide, high - h + 1, wide - w + 1
+    return *a.shape[1:], *b.shape[2:], b.shape[2] - a.shape[2] + 1
 
 
 def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -94,19 +135,27 @@ def forward(a: Tensor, b: Tensor) -> Tensor:
     Tensor
         ``(B, u, v, h, w)``.
     """
-    c, h, w, high, wide, u, v = _sizes(a, b)
-    out = a.new_empty(len(a), u, v, h, w)
-    _forward[(triton.cdiv(h * w, _BLOCK_P), u, len(a))](
-        a, b, out, c, h, w, high, wide, u, v, P=_BLOCK_P, C=_BLOCK_C
-    )
+    sizes, v = _sizes(a, b), b.shape[3] - a.shape[3] + 1
+    images, u, pixels = len(a), sizes[-1], a.shape[2] * a.shape[3]
+    out = a.new_empty(images, u, v, *a.shape[2:])
+    if out.numel():
+        with torch.cuda.device_of(a):
+            _forward[lambda meta: (images * u * triton.cdiv(pixels, meta["TILE"]),)](
+                a, b, out, *sizes, rounded(pixels), v=v, V=triton.next_power_of_2(v)
+            )
     return out
 
 
 def backward(a: Tensor, b: Tensor, grad: Tensor, *, to_padded: bool) -> Tensor:
     """Gradient with respect to ``a``, or to the padded ``b``; ``grad`` is contiguous."""
-    sizes = _sizes(a, b)
-    x, out = (a, torch.empty_like(b)) if to_padded else (b, torch.empty_like(a))
-    pixels = out.shape[2] * out.shape[3]
-    grid = (triton.cdiv(pixels, _BLOCK_P), triton.cdiv(sizes[0], _BLOCK_C), len(a))
-    _backward[grid](x, grad, out, *sizes, TO_PADDED=to_padded, P=_BLOCK_P, C=_BLOCK_C)
+    x, out, kernel = (a, b, _back_to_padded) if to_padded else (b, a, _back_to_own)
+    out = torch.empty_like(out)
+    images, channels, rows, width = out.shape
+    if out.numel():
+        block = min(_MOST, max(_LEAST, triton.next_power_of_2(channels)))
+        lines = images * triton.cdiv(channels, block) * rows
+        with torch.cuda.device_of(a):
+            kernel[lambda meta: (lines * triton.cdiv(width, meta["TILE"] // block),)](
+                x, grad, out, *_sizes(a, b), rounded(rows * width), v=grad.shape[2], C=block
+            )
     return out

@@ -120,6 +120,7 @@ def _sweep(
 
     ``scores`` (n, M) holds ``-inf`` where an item is not in the retrieval set; ``positives`` (n, p)
     holds the columns of the relevant items. Returns (n,) values and (n, M) gradients, row by row.
+    The scores may be overwritten.
     """
     if kernels.wanted(scores):
         from affnb.kernels.smooth_ap import sweep
@@ -486,7 +487,9 @@ class _RetrievalValue(torch.autograd.Function):
         found = _find(labels.long(), gallery_labels.long(), own)
         # A query whose whole retrieval set is relevant has AP 1, whatever the scores.
         perfect = (found.number == len(gallery) - leave_out_self) & (found.number > 0)
-        total, used = float(perfect.sum()), int((found.number > 0).sum())
+        # Both stay on the device until the end: a GPU would have to wait for each number read.
+        total = perfect.sum(dtype=torch.float64)
+        used = (found.number > 0).sum(dtype=torch.float64)
         todo = found.number.masked_fill(perfect, 0)
         pulls = [torch.zeros_like(v) if with_grad else None for v in (queries, gallery)]
         for count, some in _by_count(todo, _QUERIES):
@@ -495,20 +498,20 @@ class _RetrievalValue(torch.autograd.Function):
             if own is not None:
                 scores.scatter_(1, own[some, None], -torch.inf)
             values, slopes = _sweep(scores, _positives(found, some, count), temperature, with_grad)
-            total += float(values.sum(dtype=torch.float64))
+            total += values.sum(dtype=torch.float64)
             if slopes is not None and pulls[0] is not None and pulls[1] is not None:
                 pulls[0][some] = slopes @ gallery
                 pulls[1].addmm_(slopes.T, q)
-        numbers = torch.tensor([total, used], dtype=torch.float64, device=queries.device)
         if group is not None:
+            numbers = torch.stack([total, used])
             torch.distributed.all_reduce(numbers, group=group)
+            total, used = numbers
             if pulls[1] is not None:
                 torch.distributed.all_reduce(pulls[1], group=group)
-        total, used = numbers.tolist()
         if pulls[0] is not None and pulls[1] is not None:
-            scale = -1 / max(used, 1)
+            scale = (-1 / used.clamp(min=1)).to(queries.dtype)
             ctx.save_for_backward(pulls[0].mul_(scale), pulls[1][own_rows].mul_(scale))
-        return queries.new_tensor((used - total) / max(used, 1))
+        return ((used - total) / used.clamp(min=1)).to(queries.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

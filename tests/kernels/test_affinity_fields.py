@@ -34,8 +34,10 @@ def terms(logits, labels, weights, **options):
     )
 
 
-CASES = [((2, 3, 5, 7), options) for options in OPTIONS]
-CASES += [(shape, OPTIONS[0]) for shape in [(1, 2, 1, 1), (1, 5, 13, 7), (1, 21, 4, 9)]]
+CASES = [((1, 3, 5, 7), options) for options in OPTIONS]
+CASES += [
+    (shape, OPTIONS[0]) for shape in [(1, 2, 1, 1), (2, 3, 5, 7), (1, 5, 13, 7), (1, 21, 4, 9)]
+]
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
@@ -47,6 +49,41 @@ def test_terms_counts_and_gradient(kernels_everywhere, shape, options):
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(ours[1], theirs[1])
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"same": "class"},
+        {"clip": 1e-2},
+        {"require_opposite": True},
+        {"same": "class", "require_opposite": True, "neighbourhood": "full"},
+    ],
+    ids=str,
+)
+def test_sums_by_the_class_of_the_centre(kernels_everywhere, options):
+    logits, labels = batch((1, 3, 5, 4), kernels_everywhere, seed=2)
+    results = []
+    for backend, x in (("auto", logits), ("reference", logits.double())):
+        x = x.clone().requires_grad_()
+        loss = AdaptiveAffinityFieldLoss(
+            3, sizes=(1, 2), class_reduction="pairs", backend=backend, **options
+        ).to(x)
+        value = loss(x, labels)
+        value.backward()
+        results.append((value.detach().double(), x.grad.double()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_of_one_class_and_none_at_all(kernels_everywhere):
+    logits, labels = batch((1, 2, 3, 3), kernels_everywhere)
+    weights = torch.ones(2, 2, device=logits.device)
+    for label, pairs in ((1, 40), (255, 0)):
+        sums, numbers, grad = terms(logits, torch.full_like(labels, label), weights, size=1)
+        assert numbers.tolist() == [[pairs, pairs], [0, 0]]
+        assert (sums[0] > 0).all() == (pairs > 0)
+        assert (sums[1] == 0).all()
+        assert bool(grad.any()) == (pairs > 0)
 
 
 @pytest.mark.parametrize("class_reduction", ["mean", "pairs"])

@@ -43,3 +43,17 @@ def test_half_precision_from_channels_last(kernels_everywhere):
     ours = run(prob, affinity, torch.ones_like(prob), "auto")
     theirs = run(prob.double(), affinity.double(), torch.ones_like(prob), "reference")
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_no_images_and_no_pixels(kernels_everywhere, shape):
+    from affnb.kernels import affinity_propagation as kernel
+
+    p = torch.ones(shape, device=kernels_everywhere)
+    affinity = torch.ones(shape[0], 16, *shape[2:], device=kernels_everywhere)
+    offsets = dilated_offsets([1, 2]).int().to(kernels_everywhere)
+    after, totals = kernel.step(p, p, affinity, offsets, 0.5)
+    rest = after, totals, p, affinity, offsets, torch.zeros_like(affinity), 0.5
+    before, means = kernel.back(p, *rest, anchored=False)
+    assert before.shape == after.shape == shape
+    assert means.shape == totals.shape

@@ -59,11 +59,16 @@ SINGLE = {"WIDTH": 128, "BLOCK_D": 128, "PARTS": 3}  # float32 at the precision 
 WIDE = {"WIDTH": 256, "BLOCK_D": 256, "PARTS": 3}
 HALF = {"WIDTH": 256, "BLOCK_D": 256, "PARTS": 1}  # bfloat16
 WIDER = {"WIDTH": 512, "BLOCK_D": 128, "PARTS": 1}  # loaded piece by piece
-IMAGE = ("classes", "height", "width", "count", "sizes")
-STEPS = {"offsets": "*i32", "ends": "*i32", "labels": "*i32"}
-MAP = {"C": 32, "P": 32}
-FIELD = {"CLIP": True, "OPPOSITE": True, "SAME_CLASS": False, "BY_CHANNEL": True} | MAP
-VOLUME = ("channels", "h", "w", "high", "wide", "u", "v")
+IMAGE = ("height", "width", "count", "sizes", "programs", "near")
+STEPS = {"offsets": "*i32", "ends": "*i32", "labels": "*i32", "numbers": "*i32"}
+MAP = {"CLASSES": 21, "C": 32, "TILE": 1024}
+SUMS = {"CLIP": False, "OPPOSITE": False, "BY_CHANNEL": True} | MAP
+FIELD = SUMS | {"SAME_CLASS": False}
+CLIPPED = {"CLIP": True, "OPPOSITE": True, "BY_CHANNEL": False}
+VOLUME = ("channels", "h", "w", "high", "wide", "u", "near")
+WINDOW = {"C": 64, "v": 9, "TILE": 1024}
+QUERIES = ("items", "p", "near")
+RANKED = {"N": 4, "TILE": 1024}
 NONE = ()
 KERNELS = [
     ("pairs", "_split", ("count", "width", "step"), NONE, {"parts": "*bf16"},
@@ -76,17 +81,22 @@ KERNELS = [
     ("patch_nce", "_forward", NCE, ("scale",), PARTS, HALF),
     ("patch_nce", "_backward", NCE, ("scale",), PARTS, HALF | {"TO_KEYS": True}),
     ("patch_nce", "_backward", NCE, ("scale",), PARTS, WIDER | {"TO_KEYS": False}),
-    ("smooth_ap", "_rank", ("items", "p"), ("scale",), {}, {"N": 16, "J": 128}),
-    ("smooth_ap", "_pull", ("count", "p"), ("scale", "sign"), {}, {"LEAVE_OUT": True, "N": 16, "J": 64}),
+    ("smooth_ap", "_rank", QUERIES, ("steep",), {}, RANKED),
+    ("smooth_ap", "_pull", QUERIES, ("steep", "gain"), {"positives": "*i64"}, RANKED),
+    ("smooth_ap", "_pull", QUERIES, ("steep", "gain"), {"positives": "*i64"}, RANKED | {"N": 16}),
     ("affinity_fields", "_to_binary", IMAGE, NONE, STEPS, MAP),
-    ("affinity_fields", "_to_classes", IMAGE, NONE, STEPS, MAP),
-    ("affinity_fields", "_forward", IMAGE, ("margin", "clip"), STEPS, FIELD),
-    ("affinity_fields", "_backward", IMAGE, ("margin", "clip"), STEPS, FIELD | {"BY_CHANNEL": False}),
+    ("affinity_fields", "_group", IMAGE, ("clip",), STEPS, SUMS | {"BOTH": True}),
+    ("affinity_fields", "_group", IMAGE, ("clip",), STEPS, SUMS | CLIPPED | {"BOTH": False}),
+    ("affinity_fields", "_separate", IMAGE, ("margin", "clip"), STEPS, FIELD),
+    ("affinity_fields", "_separate", IMAGE, ("margin", "clip"), STEPS, FIELD | CLIPPED),
+    ("affinity_fields", "_backward", IMAGE, ("margin", "clip"), STEPS, FIELD),
+    ("affinity_fields", "_backward", IMAGE, ("margin", "clip"), STEPS, FIELD | CLIPPED),
     ("affinity_propagation", "_step", IMAGE, ("lam",), STEPS, MAP),
-    ("affinity_propagation", "_back_to_sums", IMAGE, NONE, STEPS, MAP),
-    ("affinity_propagation", "_back_to_map", IMAGE, NONE, STEPS, MAP),
-    ("cost_volume", "_forward", VOLUME, NONE, {}, MAP),
-    ("cost_volume", "_backward", VOLUME, NONE, {}, MAP | {"TO_PADDED": True}),
+    ("affinity_propagation", "_back_to_affinity", IMAGE, NONE, STEPS, MAP),
+    ("affinity_propagation", "_back_to_state", IMAGE, ("lam",), STEPS, MAP | {"ANCHORED": False}),
+    ("cost_volume", "_forward", VOLUME, NONE, {}, {"V": 16, "v": 9, "TILE": 64}),
+    ("cost_volume", "_back_to_own", VOLUME, NONE, {}, WINDOW),
+    ("cost_volume", "_back_to_padded", VOLUME, NONE, {}, WINDOW),
 ]  # fmt: skip
 
 

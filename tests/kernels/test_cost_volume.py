@@ -70,3 +70,14 @@ def test_one_input_at_a_time_and_twice(kernels_everywhere, held):
         (twice,) = torch.autograd.grad(slope.square().sum(), leaf)
         found.append((once, slope.detach(), twice))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-2)
+
+
+def test_no_images(kernels_everywhere):
+    from affnb.kernels import cost_volume as kernel
+
+    a = torch.ones(0, 2, 3, 3, device=kernels_everywhere)
+    b = torch.ones(0, 2, 5, 5, device=kernels_everywhere)
+    grad = kernel.forward(a, b)
+    assert grad.shape == (0, 3, 3, 3, 3)
+    for to_padded, like in ((False, a), (True, b)):
+        assert kernel.backward(a, b, grad, to_padded=to_padded).shape == like.shape

@@ -73,3 +73,29 @@ def test_it_is_the_kernel_that_runs(kernels_everywhere, monkeypatch):
     x = torch.eye(4).to(kernels_everywhere)
     smooth_ap_loss(x, torch.tensor([0, 0, 1, 1]).to(kernels_everywhere))
     assert len(seen) == 1
+
+
+def test_scores_are_not_touched_and_may_lie_in_any_order(kernels_everywhere):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 3, generator=generator).to(kernels_everywhere).T
+    relevance = (torch.rand(3, 40, generator=generator) < 0.6).to(kernels_everywhere)
+    before = scores.clone()
+    ours, theirs = both(smooth_average_precision, scores, relevance, 0.2)
+    close(ours, theirs, 2e-5)
+    assert torch.equal(scores, before)
+
+
+def test_no_queries(kernels_everywhere):
+    scores = torch.zeros(0, 3, device=kernels_everywhere, requires_grad=True)
+    result = smooth_average_precision(scores, scores > 1)
+    result.sum().backward()
+    assert result.shape == (0,)
+
+
+def test_a_query_of_relevant_items_alone_has_no_gradient(kernels_everywhere):
+    scores = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    scores = scores.to(kernels_everywhere).requires_grad_()
+    result = smooth_average_precision(scores, torch.ones_like(scores, dtype=torch.bool))
+    result.sum().backward()
+    assert result.tolist() == [1.0]
+    assert not scores.grad.any()
