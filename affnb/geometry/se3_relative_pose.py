@@ -18,10 +18,10 @@ eigenvalue problems behind these solvers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations, combinations_with_replacement
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -81,7 +81,25 @@ _REAL = 0.1
 #: How near theta = pi the polynomial system may come, where its equations become dependent. Newton's
 #: method then goes from there to the true angle.
 _HALF_TURN = math.pi - 2e-5
+#: After a step of Newton's method this small no other is needed. A start that has not halved its error in
+#: so many steps has no root near by (at a double root a step makes a quarter of it).
+_ARRIVED, _PATIENCE = 1e-8, 5
+#: Starts that are done are taken out of the loop when they are more than this: it costs a dozen operations.
+_WORTH = 64
+#: Below these angles (radians; planar or not) the polynomials of SIR2 are helped by starts near the
+#: identity. Without, planar ones begin to lose roots at 1e-7, others at 1e-3 (and a few at any angle).
+_SMALL = {True: 1e-5, False: 0.3}
 _TINY = 1e-300  # keeps a division by zero finite
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _constant(make: Callable[P, T]) -> Callable[P, T]:
+    """Keep what a function makes, as ordinary tensors: made in inference mode, autograd could not use them."""
+    kept: Any = cache(torch.inference_mode(False)(make))
+    result: Callable[P, T] = kept
+    return result
 
 
 class PoseCandidates(NamedTuple):
@@ -259,26 +277,34 @@ def quat_to_rot(q: Tensor, *, convention: Convention = "hamilton") -> Tensor:
 
 
 def _rotation(q: Tensor) -> Tensor:
-    products = (q[..., :, None] * q[..., None, :]).flatten(-2)
-    R = products @ _rotation_table().to(q)
-    return R.reshape(*R.shape[:-1], 3, 3)
+    return _folded(_outer(q, q) @ _rotation_table(q.device).to(q.dtype), 3)
 
 
-@cache
-def _rotation_table() -> Tensor:
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """All products of an entry of ``a`` and one of ``b``, in one last dimension."""
+    return (a[..., :, None] * b[..., None, :]).flatten(-2)
+
+
+def _folded(x: Tensor, columns: int) -> Tensor:
+    """The last dimension as rows of so many columns."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // columns, columns)
+
+
+@_constant
+def _rotation_table(device: torch.device) -> Tensor:
     """Eq. 1 as a table, (16, 9): how often each product of two of (s, u) is in each entry of R."""
     s, x, y, z = torch.eye(4, dtype=torch.float64)
+    a, b, c, d = (_outer(v, v) for v in (s, x, y, z))
 
-    def times(a: Tensor, b: Tensor) -> Tensor:
-        return (a[:, None] * b).flatten()
+    def twice(a: Tensor, b: Tensor) -> Tensor:
+        return _outer(a, b) + _outer(b, a)
 
-    a, b, c, d = (times(v, v) for v in (s, x, y, z))
     rows = [
-        a + b - c - d, 2 * (times(x, y) - times(s, z)), 2 * (times(x, z) + times(s, y)),
-        2 * (times(x, y) + times(s, z)), a - b + c - d, 2 * (times(y, z) - times(s, x)),
-        2 * (times(x, z) - times(s, y)), 2 * (times(y, z) + times(s, x)), a - b - c + d,
+        a + b - c - d, twice(x, y) - twice(s, z), twice(x, z) + twice(s, y),
+        twice(x, y) + twice(s, z), a - b + c - d, twice(y, z) - twice(s, x),
+        twice(x, z) - twice(s, y), twice(y, z) + twice(s, x), a - b - c + d,
     ]  # fmt: skip
-    return torch.stack(rows, -1)
+    return torch.stack(rows, -1).to(device)
 
 
 def _eye(n: int, like: Tensor) -> Tensor:
@@ -323,27 +349,20 @@ def cayley_to_rot(v: Tensor, *, convention: Convention = "hamilton") -> Tensor:
 
 
 def _quaternion(R: Tensor) -> Tensor:
-    """Unit quaternion with a scalar part of at least 0 of a (nearly) rotation matrix.
+    """Unit quaternion q with a scalar part of at least 0 of a (nearly) rotation matrix.
 
-    Every row of the 4 x 4 matrix below is a multiple of the quaternion; the one with the largest
-    diagonal entry is the best conditioned.
+    Each entry of ``4 q q^T - I`` is a sum of entries of R: the table of Eq. 1 read the other way.
     """
-    diagonal = R.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1)
-    a, b, c = R[..., 2, 1], R[..., 0, 2], R[..., 1, 0]
-    d, e, f = R[..., 1, 2], R[..., 2, 0], R[..., 0, 1]
-    x, y, z = (1 + 2 * diagonal - trace[..., None]).unbind(-1)
-    rows = [
-        torch.stack([1 + trace, a - d, b - e, c - f], -1),
-        torch.stack([a - d, x, f + c, b + e], -1),
-        torch.stack([b - e, f + c, y, d + a], -1),
-        torch.stack([c - f, b + e, d + a, z], -1),
-    ]
-    table = torch.stack(rows, -2)
-    best = table.detach().diagonal(dim1=-2, dim2=-1).argmax(-1)
-    row = table.gather(-2, best[..., None, None].expand(*best.shape, 1, 4))[..., 0, :]
-    row = _unit(row)
-    return torch.where(row[..., :1] < 0, -row, row)
+    table = R.flatten(-2) @ _rotation_table(R.device).to(R.dtype).mT
+    q = _direction(_folded(table, 4) + _eye(4, R))
+    return torch.where(q[..., :1] < 0, -q, q)
+
+
+def _direction(matrices: Tensor) -> Tensor:
+    """Unit vectors v of matrices near a multiple of v v^T: of their rows that of the largest diagonal entry."""
+    best = matrices.detach().diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    rows = matrices.gather(-2, best.expand(*best.shape[:-1], matrices.shape[-1]))
+    return _unit(rows[..., 0, :])
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -608,11 +627,10 @@ def essential_nullspace(q1: Tensor, q2: Tensor, *, trace_row: bool = False) -> T
     check_flag(trace_row, "trace_row")
     if q1.shape[-2] + trace_row > 8:
         raise ValueError(f"q1: expected at most {8 - trace_row} points, got {q1.shape[-2]}")
-    return _nullspace(q1.detach(), q2.detach(), trace_row)
+    return _nullspace(_outer(q2.detach(), q1.detach()), trace_row)
 
 
-def _nullspace(q1: Tensor, q2: Tensor, trace_row: bool) -> Tensor:
-    rows = (q2[..., :, None] * q1[..., None, :]).flatten(-2)
+def _nullspace(rows: Tensor, trace_row: bool) -> Tensor:
     if trace_row:
         identity = _eye(3, rows).flatten().expand(*rows.shape[:-2], 1, 9)
         rows = torch.cat([rows, identity], -2)
@@ -682,16 +700,21 @@ def decompose_essential(E: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decompose(E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     E = E * (math.sqrt(2) / E.flatten(-2).norm(dim=-1).clamp(min=_TINY))[..., None, None]
-    square = E @ E.mT
-    half_trace = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / 2
-    outer = half_trace * _eye(3, E) - square
-    best = outer.detach().diagonal(dim1=-2, dim2=-1).argmax(-1)
-    t = _unit(outer.gather(-2, best[..., None, None].expand(*best.shape, 1, 3))[..., 0, :])
-    a, b, c = E.unbind(-2)
-    cross = torch.linalg.cross
-    cofactor = torch.stack([cross(b, c), cross(c, a), cross(a, b)], -2)
-    turned = _hat(t) @ E
+    t = _direction(_eye(3, E) - E @ E.mT)
+    cofactor, turned = _cofactor(E), _essential(E, t)
     return cofactor - turned, cofactor + turned, t
+
+
+def _cofactor(matrices: Tensor) -> Tensor:
+    """Matrices whose rows are the cross products of the other two rows."""
+    cofactor: Tensor = torch.linalg.cross(matrices.roll(-1, -2), matrices.roll(-2, -2))
+    return cofactor
+
+
+def _essential(R: Tensor, t: Tensor) -> Tensor:
+    """``hat(t) @ R``."""
+    E: Tensor = torch.linalg.cross(t[..., :, None], R, dim=-2)
+    return E
 
 
 def sampson_distance(
@@ -754,8 +777,7 @@ def sampson_distance(
 
 def _on_surface(q: Tensor, name: str, spherical: bool) -> Tensor:
     if spherical:
-        _check_lengths(q, name)
-        return _unit(q)
+        return _checked_unit(q, name)
     if q.numel() and float(q.detach()[..., 2].min()) <= 0:
         raise ValueError(
             f"{name}: expected points in front of the camera (third coordinate > 0), "
@@ -764,9 +786,12 @@ def _on_surface(q: Tensor, name: str, spherical: bool) -> Tensor:
     return q / q[..., 2:]
 
 
-def _check_lengths(q: Tensor, name: str) -> None:
-    if q.numel() and float(q.detach().norm(dim=-1).min()) < 1e-150:
+def _checked_unit(q: Tensor, name: str) -> Tensor:
+    length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    if q.numel() and float(length.detach().min()) < 1e-150:
         raise ValueError(f"{name}: expected bearings of a length above 0, got one of length 0")
+    unit: Tensor = q / length
+    return unit
 
 
 def _sampson_squared(E: Tensor, q1: Tensor, q2: Tensor, spherical: bool) -> Tensor:
@@ -805,8 +830,7 @@ def _product_table(left: int, right: int) -> Tensor:
 
 def _times(p: Tensor, p_degree: int, q: Tensor, q_degree: int) -> Tensor:
     """Product of polynomials; leading dimensions broadcast."""
-    table = _product_table(p_degree, q_degree).to(p.device)
-    return (p[..., :, None] * q[..., None, :]).flatten(-2) @ table
+    return _outer(p, q) @ _product_table(p_degree, q_degree)
 
 
 @cache
@@ -847,12 +871,13 @@ _FORMS = {False: ((0.62, -0.41, 0.53, 0.4), (-0.37, 0.55, 0.71, -0.24)),
           True: ((1.0, 0.21, -0.13, 0.17), (0.3, 0.6, 0.8, -0.45))}  # fmt: skip
 
 
-@cache
-def _tables(degree: int, sphere: bool) -> tuple[Tensor, Tensor, Tensor]:
+@_constant
+def _root_tables(degree: int, sphere: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows that pick, from values of all monomials of a degree at a point, what the solver needs.
 
-    The first two give the values of (first form) x m and (second form) x m for all monomials m of one
-    degree less; the third (first form)^(degree - 1) x each variable.
+    First come the values of (first form) x m, then those of (second form) x m, for all monomials m of one
+    degree less; the last four rows give (first form)^(degree - 1) x each variable. The second tensor is
+    the first form itself.
     """
     picked = []
     for form in _FORMS[sphere]:
@@ -869,7 +894,7 @@ def _tables(degree: int, sphere: bool) -> tuple[Tensor, Tensor, Tensor]:
         picked = [
             table @ _reduction(degree) for table in (*(p[keep] for p in picked[:2]), picked[2])
         ]
-    return picked[0], picked[1], picked[2]
+    return torch.cat(picked).to(device), first.to(device, torch.complex128)
 
 
 def _roots(rows: Tensor, degree: int, sphere: bool) -> Tensor:
@@ -879,21 +904,18 @@ def _roots(rows: Tensor, degree: int, sphere: bool) -> Tensor:
     root are orthogonal to all rows, so they span the orthogonal complement. Multiplying by a linear form
     acts on it, and its eigenvectors are the roots.
 
-    Returns (B, m - r, 4), complex, scaled so that the first form is 1. Not finite where it fails.
+    Returns (B, m - r, 4), complex, of any scale. Not finite where it fails.
     """
-    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=_TINY)
-    rows = torch.nan_to_num(rows, 0.0, 0.0, 0.0)
-    space = _complement(rows)
-    first, second, variables = (table.to(rows.device) for table in _tables(degree, sphere))
-    below, above = first @ space, second @ space
-    if below.shape[-2] > below.shape[-1]:  # more monomials than roots: least squares
+    picked = _root_tables(degree, sphere, rows.device)[0]
+    values = picked @ _complement(_unit(rows))
+    n = (len(picked) - 4) // 2
+    below, above, variables = values[:, :n], values[:, n:-4], values[:, -4:]
+    if n > below.shape[-1]:  # more monomials than roots: least squares
         basis, below = torch.linalg.qr(below)
         above = basis.mT @ above
-    action, _ = torch.linalg.solve_ex(below, above)
-    vectors = _eigenvectors(action)
-    z = ((variables @ space).to(vectors.dtype) @ vectors).mT
-    form = torch.tensor(_FORMS[sphere][0], dtype=z.dtype, device=z.device)
-    return z / (z @ form)[..., None]
+    vectors = _eigenvectors(torch.linalg.solve_ex(below, above)[0])
+    z: Tensor = (variables.to(vectors.dtype) @ vectors).mT
+    return z
 
 
 def _eigenvectors(matrices: Tensor) -> Tensor:
@@ -903,7 +925,9 @@ def _eigenvectors(matrices: Tensor) -> Tensor:
     """
     found = matrices.cpu()
     identity = _eye(matrices.shape[-1], found)
-    found = torch.where(torch.isfinite(found).all(-1).all(-1)[..., None, None], found, identity)
+    finite = torch.isfinite(found)
+    if not bool(finite.all()):
+        found = torch.where(finite.all(-1).all(-1)[..., None, None], found, identity)
     vectors: Tensor
     try:
         vectors = torch.linalg.eig(found)[1]
@@ -929,218 +953,270 @@ def _starts(z: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
+@_constant
+def _essential_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the cubics are made with: the products of degrees 1 and 1 and of 2 and 1, and two more.
+
+    The third, (9, 9), makes 2 M - tr(M) I of a matrix M. The fourth, (144, 30), makes the cross product of
+    two rows of linear forms, (10, 3), of the products of their 4 x 3 coefficients.
+    """
+    trace = torch.eye(3, dtype=torch.float64).flatten()
+    double = 2 * torch.eye(9, dtype=torch.float64) - trace[:, None] * trace
+    cross = torch.zeros(4, 3, 4, 3, 10, 3, dtype=torch.float64)
+    pairs = _product_table(1, 1).reshape(4, 4, 10)
+    for i in range(3):
+        j, k = (i + 1) % 3, (i + 2) % 3
+        cross[:, j, :, k, :, i], cross[:, k, :, j, :, i] = pairs, -pairs
+    tables = _product_table(1, 1), _product_table(2, 1), double, cross.reshape(144, 30)
+    one, two, three, four = (x.to(device) for x in tables)
+    return one, two, three, four
+
+
 def _essential_cubics(basis: Tensor) -> Tensor:
     """Coefficients (B, 10, 20) of Eqs. 18 and 19 for E = sum of z_k times basis_k, (B, 4, 3, 3)."""
-    E = basis.movedim(-3, -1)  # entry (i, j) is a linear form
-    outer = (E[:, :, None, :, :, None] * E[:, None, :, :, None, :]).sum(-3).flatten(-2)
-    square = outer @ _product_table(1, 1).to(E.device)  # E E^T
-    trace = square.diagonal(dim1=1, dim2=2).sum(-1)
-    factor = 2 * square - trace[:, None, None] * _eye(3, E)[..., None]
-    outer = (factor[:, :, :, None, :, None] * E[:, None, :, :, None, :]).sum(2).flatten(-2)
-    nine = outer @ _product_table(2, 1).to(E.device)
-    a, b, c = E.unbind(1)
-    one = _times(a, 1, b.roll(-1, 1), 1) - _times(a.roll(-1, 1), 1, b, 1)  # a x b, rolled by one
-    determinant = _times(one.roll(-1, 1), 2, c, 1).sum(1, keepdim=True)
-    return torch.cat([nine.flatten(1, 2), determinant], 1)
+    quadratic, cubic, double, cross = _essential_tables(basis.device)
+    B = len(basis)
+    forms = basis.movedim(1, -1)  # (B, 3, 3, 4): each entry is a linear form
+    E = basis.transpose(1, 2).reshape(B, 12, 3)  # rows of E, each with the four coefficients
+    square = (E @ E.mT).view(B, 3, 4, 3, 4).transpose(2, 3).reshape(B, 9, 16) @ quadratic  # E E^T
+    factor = (double @ square).view(B, 3, 3, 10).mT.reshape(B, 30, 3)
+    nine = (factor @ forms.reshape(B, 3, 12)).view(B, 3, 10, 3, 4).transpose(2, 3).reshape(B, 9, 40)
+    a, b, c = E.view(B, 3, 12).unbind(1)
+    determinant = _folded(_outer(a, b) @ cross, 3) @ c.view(B, 4, 3).mT
+    return torch.cat([nine, determinant.view(B, 1, 40)], 1) @ cubic
 
 
-def _start_from_essential(q1: Tensor, q2: Tensor, planar: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Quaternions, translations and which of them count, (B, S, ...), from NullE."""
-    basis = _nullspace(q1, q2, planar)
-    z = _starts(_roots(_essential_cubics(basis), 3, sphere=False))
-    return _poses_of((z[..., None, None] * basis[:, None]).sum(-3), planar, 1e-3)
+def _start_from_essential(rows: Tensor, planar: bool) -> tuple[Tensor, Tensor]:
+    """Quaternions with translations (B, S, 7), and which of them count, (B, S), from NullE."""
+    basis = _nullspace(rows, planar)
+    z = _roots(_essential_cubics(basis), 3, sphere=False)
+    form = _root_tables(3, False, rows.device)[1]
+    E = _starts(z / (z @ form)[..., None]) @ basis.flatten(-2)
+    q, t, keep = _poses_of(_folded(E, 3), planar, 1e-3)
+    return torch.cat([q, t], -1), keep
 
 
 def _poses_of(E: Tensor, planar: bool, slack: float) -> tuple[Tensor, Tensor, Tensor]:
     """One pose for each essential matrix; two where both of a planar one are planar up to ``slack``."""
     first, second, t = _decompose(E)
-    a, b = _quaternion(first), _quaternion(second)
-    keep = E.flatten(-2).norm(dim=-1) > 0
+    keep = E.flatten(-2).any(-1)
     if not planar:
-        return a, t, keep
+        return _quaternion(first), t, keep
     # One rotation of the pair has its axis normal to t. The other is a half-turn, and does so as well
     # only if the first is a half-turn too.
-    slope_a, slope_b = ((q[..., 1:] * t).sum(-1).abs() for q in (a, b))
-    swap = (slope_b < slope_a)[..., None]
-    a, b = torch.where(swap, b, a), torch.where(swap, a, b)
-    also = keep & (torch.maximum(slope_a, slope_b) < slack)
-    return torch.cat([a, b], 1), torch.cat([t, t], 1), torch.cat([keep, also], 1)
+    q = _quaternion(torch.stack([first, second]))
+    slope = (q[..., 1:] * t).sum(-1).abs()
+    keep = keep & ((slope <= slope.flip(0)) | (slope < slack))
+    return torch.cat([q[0], q[1]], 1), torch.cat([t, t], 1), torch.cat([keep[0], keep[1]], 1)
 
 
-@cache
-def _rotation_forms() -> Tensor:
-    """(3, 3, 3, 10): entries of Eq. 1 as forms in (w0, w), u = s w: parts of c^2, c s and s^2."""
-    forms = torch.zeros(3, 3, 3, 10, dtype=torch.float64)
-    where = {m: i for i, m in enumerate(_monomials(2))}
+class _AngleTables(NamedTuple):
+    """What the polynomials of SIR2 are made with.
 
-    def square(i: int, j: int) -> int:
-        return where[tuple((k == i) + (k == j) for k in range(4))]
+    ``first`` and ``second`` are the points of each of p pairs; ``rotation`` (9, 10) the entries of R as
+    quadratic forms, and ``factors`` (2, 10) the unknowns in their monomials; ``left`` and ``right`` the rows, of p and p, whose products make the quartics, and
+    ``quartic`` and ``cubic`` take products of coefficients to the reduced coefficients of the system.
+    """
 
-    for i in range(3):
-        forms[0, i, i, square(0, 0)] = 1
-        for j in range(3):
-            forms[2, i, j, square(i + 1, j + 1)] += 2
-            forms[2, i, i, square(j + 1, j + 1)] -= 1
-        j, k = (i + 1) % 3, (i + 2) % 3
-        forms[1, k, j, square(0, i + 1)] = 2
-        forms[1, j, k, square(0, i + 1)] = -2
-    return forms
+    first: Tensor
+    second: Tensor
+    rotation: Tensor
+    factors: Tensor
+    left: Tensor
+    right: Tensor
+    quartic: Tensor
+    cubic: Tensor
 
 
-def _start_from_angle(
-    q1: Tensor, q2: Tensor, theta: Tensor, planar: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quaternions, translations and which of them count, (B, S, ...), from SIR2 with a known angle."""
-    n = q1.shape[1]
-    inside = theta.clamp(max=_HALF_TURN)
-    c, s = torch.cos(inside / 2), torch.sin(inside / 2)
-    parts = torch.stack([c * c, c * s, s * s], -1)
-    R = torch.einsum("bp,pijm->bijm", parts, _rotation_forms().to(q1.device))
+@_constant
+def _angle_tables(n: int, planar: bool, device: torch.device) -> _AngleTables:
     pairs = list(combinations(range(n), 2))
-    first, second = (list(index) for index in zip(*pairs, strict=True))
-    cross = torch.linalg.cross
-    # The row F_ij of Eq. 16 for each pair i < j: two quadratic forms.
-    left = torch.einsum("bpi,bijm,bpj->bpm", q2[:, second], R, cross(q1[:, first], q1[:, second]))
-    right = torch.einsum("bpi,bijm,bpj->bpm", cross(q2[:, first], q2[:, second]), R, q1[:, second])
-    row = {pair: k for k, pair in enumerate(pairs)}
+    row, p = {pair: k for k, pair in enumerate(pairs)}, len(pairs)
     triples = list(combinations(range(n), 3))
     ij, ik = [row[i, j] for i, j, _ in triples], [row[i, k] for i, _, k in triples]
-    rows = _times(left[:, ij], 2, right[:, ik], 2) - _times(right[:, ij], 2, left[:, ik], 2)
-    unknowns = torch.eye(4, dtype=rows.dtype, device=rows.device)
-    degree = 5
+
+    def shifted(degree: int) -> Tensor:
+        """Take a polynomial of a degree to its reduced products with the four unknowns."""
+        table = _product_table(degree, 1) @ _reduction(degree + 1)
+        return table.reshape(len(table) // 4, -1)
+
+    quartic = _product_table(2, 2) @ (_reduction(4) if planar else shifted(4))
+    cubic = _product_table(2, 1).view(10, 4, 20)[:, 1:].flatten(0, 1) @ shifted(3)
+    index = [
+        list(zip(*combinations_with_replacement(range(4), 2), strict=True)),
+        [i for i, _ in pairs],
+        [j for _, j in pairs],
+        ij + [p + k for k in ij],
+        [p + k for k in ik] + ik,
+    ]
+    factors, first, second, left, right = (torch.tensor(x, device=device) for x in index)
+    rotation = _rotation_table(torch.device("cpu")).mT @ _product_table(1, 1)
+    rotation, quartic, cubic = (x.to(device) for x in (rotation, quartic, cubic))
+    return _AngleTables(first, second, rotation, factors, left, right, quartic, cubic)
+
+
+def _start_from_angle(q1: Tensor, q2: Tensor, theta: Tensor, planar: bool) -> tuple[Tensor, Tensor]:
+    """Axes (B, S, 3), and which of them count, (B, S), from SIR2 with a known angle."""
+    table = _angle_tables(q1.shape[1], planar, q1.device)
+    q = torch.stack([q1, q2])
+    i, j = q[:, :, table.first], q[:, :, table.second]
+    cross = torch.linalg.cross(i, j)
+    # The row F_ij of Eq. 16 for each pair i < j: first all the left, then all the right forms.
+    forms = _outer(torch.cat([j[1], cross[1]], 1), torch.cat([cross[0], j[0]], 1)) @ table.rotation
+    # In the unknowns (w0, w) with u = s w, where the scalar part is c w0.
+    scale = _scale(theta.clamp(max=_HALF_TURN))
+    forms = forms * (scale[:, table.factors[0]] * scale[:, table.factors[1]])[:, None]
+    products = _outer(forms[:, table.left], forms[:, table.right])
+    plus, minus = products.chunk(2, 1)
+    rows, degree = (plus - minus) @ table.quartic, 4 if planar else 5
     if planar:
         # The row (u.q1_i, -u.q2_i) below F_ij. The length of u, a common factor, is left out.
-        a, b = q1[:, first] @ unknowns[1:], q2[:, first] @ unknowns[1:]
-        cubics = _times(left, 2, b, 1) + _times(right, 2, a, 1)
-        shifted = _times(_unit(cubics)[:, :, None], 3, unknowns, 1).flatten(1, 2)
-        rows, degree = torch.cat([_unit(rows), shifted], 1), 4
+        plus, minus = _outer(forms, torch.cat([i[1], i[0]], 1)).chunk(2, 1)
+        cubics = _folded((plus + minus) @ table.cubic, rows.shape[-1]).flatten(1, 2)
+        rows = torch.cat([rows, cubics], 1)
     else:
-        rows = _times(rows[:, :, None], 4, unknowns, 1).flatten(1, 2)
-    z = _roots(rows @ _reduction(degree).to(rows.device), degree, sphere=True)
+        rows = _folded(rows, rows.shape[-1] // 4).flatten(1, 2)
+    z = _roots(rows, degree, sphere=True)
     w = _starts(z[..., 1:] / z[..., :1])
-    keep = w.norm(dim=-1) > 0
-    w = _unit(w)
-    half = theta[:, None, None] / 2
-    q = torch.cat([torch.cos(half).expand_as(w[..., :1]), torch.sin(half) * w], -1)
-    t = _translation_for(q, q1, q2, planar)
-    extra = _start_near_identity(q1, q2, theta, planar)
-    q, t = torch.cat([q, extra[0]], 1), torch.cat([t, extra[1]], 1)
-    return q, t, torch.cat([keep, (theta < 0.3)[:, None].expand(-1, 2)], 1)
+    keep = w.any(-1)
+    small = theta < _SMALL[planar]
+    if bool(small.any()):
+        w = torch.cat([w, _start_near_identity(q1, q2, theta, planar)], 1)
+        keep = torch.cat([keep, small[:, None].expand(-1, 2)], 1)
+    return _unit(w), keep
 
 
-def _translation_for(q: Tensor, q1: Tensor, q2: Tensor, planar: bool) -> Tensor:
-    """Best translations for given rotations: the smallest direction of G (and of the axis)."""
-    G = _normals(_rotation(q), q1[:, None], q2[:, None])
-    if planar:
-        G = torch.cat([G, _unit(q[..., None, 1:])], -2)
-    smallest: Tensor = torch.linalg.eigh(G.mT @ G)[1][..., 0]
-    return smallest
+def _start_near_identity(q1: Tensor, q2: Tensor, theta: Tensor, planar: bool) -> Tensor:
+    """Two axes (B, 2, 3) for small angles, where the polynomials of SIR2 nearly lose their dependence on u.
 
-
-def _start_near_identity(
-    q1: Tensor, q2: Tensor, theta: Tensor, planar: bool
-) -> tuple[Tensor, Tensor]:
-    """Two starts for small angles, where the polynomials of SIR2 nearly lose their dependence on u.
-
-    To first order in the rotation vector the four constraints are linear. Their solutions form a line,
-    which meets the sphere of rotation vectors of length theta twice.
+    At the identity the constraints are linear in (u, t). Where all hold there is a plane, in which the
+    directions with ``|u| = sin(theta / 2) |t|`` are two: the zeros of a quadratic form.
     """
-    identity = theta.new_tensor([1.0, 0.0, 0.0, 0.0]).expand(len(theta), 4)
-    t = _translation_for(identity[:, None], q1, q2, False)[:, 0]
-    value, slope, tangent = _newton_system(identity, t, q1, q2, None, planar)
-    basis, triangle = torch.linalg.qr(slope.mT, mode="complete")
-    solved, _ = torch.linalg.solve_ex(triangle[:, :4].mT, -value[..., None])
-    near, line = (basis[..., :4] @ solved)[..., 0], basis[..., 4]
-    a = line[:, :3].square().sum(-1).clamp(min=_TINY)
-    b = (line[:, :3] * near[:, :3]).sum(-1)
-    # Where the line hardly meets the sphere, the two starts stay a fifth of theta apart on either side.
-    reach = b * b - a * (near[:, :3].square().sum(-1) - theta**2)
-    reach = torch.maximum(reach, a * (theta / 5) ** 2).sqrt()
-    along = torch.stack([(-reach - b) / a, (reach - b) / a], 1)[..., None]
-    step = torch.nan_to_num(near[:, None] + along * line[:, None], 0.0, 0.0, 0.0)
-    half = theta[:, None, None].expand(-1, 2, -1) / 2
-    quaternions = torch.cat([torch.cos(half), torch.sin(half) * _unit(step[..., :3])], -1)
-    return quaternions, _unit(t[:, None] + step[..., 3:] @ tangent.mT)
+    normals = torch.linalg.cross(q1, q2)
+    t = _smallest_direction(normals)[:, None]
+    rows = torch.cat([2 * torch.linalg.cross(q1, torch.linalg.cross(q2, t)), normals], -1)
+    if planar:
+        rows = torch.cat([rows, F.pad(t, (0, 3))], 1)
+    plane = _complement(rows)
+    size = torch.sin(theta / 2).square()
+    u, along = plane[:, :3], plane[:, 3:]
+    form, vectors = torch.linalg.eigh(u.mT @ u - size[:, None, None] * (along.mT @ along))
+    # Where the form hardly has a zero, the two starts stay a fifth of |u| apart on either side.
+    reach = torch.stack([form[:, 1], torch.maximum(-form[:, 0], size / 25)], -1)
+    reach = reach.clamp(min=_TINY).sqrt()[:, :, None] * reach.new_tensor([[1, 1], [1, -1]])
+    both = (plane @ (vectors @ reach)).mT
+    axes: Tensor = both[..., :3] * (both[..., 3:] * t).sum(-1, keepdim=True).sign()
+    return axes
+
+
+def _smallest_direction(G: Tensor) -> Tensor:
+    """Unit vectors t that make |G t| least, where G has a rank of 2 but for noise."""
+    return _direction(_cofactor(G.mT @ G))
 
 
 # --------------------------------------------------------------------------------------------------
 # Newton's method on rotation and translation
 # --------------------------------------------------------------------------------------------------
 
+# The unknowns are x = (q, t), a unit quaternion and a unit vector. If the angle is known they are
+# (1, w, t), and q = (cos(theta / 2), sin(theta / 2) w) with a unit vector w.
+
+
+def _scale(theta: Tensor) -> Tensor:
+    """Factors (..., 7) that take (1, w, t) to (q, t) with the given angle."""
+    c, s = torch.cos(theta / 2), torch.sin(theta / 2)
+    one = torch.ones_like(s)
+    return torch.stack([c, s, s, s, one, one, one], -1)
+
+
+@_constant
+def _newton_tables(
+    known: bool, planar: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What Newton's system is made with.
+
+    The first takes all products of two entries of (q, t) to the slopes (9, 7) of hat(t) @ R. The second
+    takes x to the slopes (r, 7) of the constraints on x alone, |t| = 1 being the last. The third is 1
+    there and 0 at all others, and the fourth takes the squares of x to the squared length of the vector that
+    each entry belongs to.
+    """
+    R = _rotation_table(torch.device("cpu")).reshape(4, 4, 3, 3)
+    E = torch.einsum("cik,abkj->abcij", _hat(torch.eye(3, dtype=torch.float64)), R)
+    slopes = torch.zeros(7, 7, 3, 3, 7, dtype=torch.float64)
+    slopes[:4, 4:, :, :, :4] = 2 * E.permute(1, 2, 3, 4, 0)
+    slopes[:4, :4, :, :, 4:] = E.permute(0, 1, 3, 4, 2)
+    unit = torch.eye(7, dtype=torch.float64)
+    groups = [
+        unit[a:b].sum(0) for a, b in (((0, 1), (1, 4), (4, 7)) if known else ((0, 4), (4, 7)))
+    ]
+    linear = [group.diag() for group in groups]
+    if planar:  # u.t
+        linear.insert(0, torch.zeros(7, 7, dtype=torch.float64))
+        linear[0][1:4, 4:], linear[0][4:, 1:4] = torch.eye(3), torch.eye(3)
+    norms = sum((torch.outer(group, group) for group in groups), torch.zeros_like(unit))
+    tables = slopes.reshape(49, 63), torch.stack(linear, 1).flatten(1), unit[-1], norms
+    one, two, three, four = (x.to(device) for x in tables)
+    return one, two, three, four
+
 
 def _newton_system(
-    q: Tensor, t: Tensor, q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Constraints, their slopes, and the two directions in which a unit vector t can move.
+    x: Tensor, scale: Tensor | None, rows: Tensor, planar: bool
+) -> tuple[Tensor, Tensor]:
+    """Slopes (..., 7, 7) and values (..., 7) of the constraints at x (..., 7).
 
-    The constraints are Eq. 7 for each point, the angle, and u^T t (over the length that u shall have, if
-    that is known); the unknowns a rotation vector, applied from the left, and two steps of t.
+    They are Eq. 7 for each point, with the products ``rows`` (..., n, 9) of the bearings; u.t if planar
+    (with w for u if the angle is known); and that the vectors in x keep their lengths.
     """
-    s, u = q[..., :1], q[..., 1:]
-    cross = torch.linalg.cross
-    a = q1 @ _rotation(q).mT
-    g = cross(a, q2)
-    axis = _eye(3, t)[t.abs().argmin(-1)]
-    side = _unit(cross(t, axis))
-    tangent = torch.stack([side, cross(t, side)], -1)
-    row = t[..., None, :].expand_as(g)
-    values = [torch.linalg.vecdot(g, row)]
-    turning = [cross(a, cross(q2.expand_as(g), row))]
-    shifting = [g @ tangent]
-    length = u.norm(dim=-1, keepdim=True)
-    if theta is not None:
-        values.append(2 * torch.atan2(length, s) - theta[..., None])
-        turning.append((u / length.clamp(min=_TINY))[..., None, :])
-        shifting.append(torch.zeros_like(shifting[0][..., :1, :]))
-    if planar:
-        unit = 1.0 if theta is None else 1 / torch.sin(theta / 2)[..., None]
-        values.append((u * t).sum(-1, keepdim=True) * unit)
-        turning.append(((s * t + cross(u, t)) * (unit / 2))[..., None, :])
-        shifting.append((u * unit)[..., None, :] @ tangent)
-    slope = torch.cat([torch.cat(turning, -2), torch.cat(shifting, -2)], -1)
-    return torch.cat(values, -1), slope, tangent
+    slopes, linear, last, _ = _newton_tables(scale is not None, planar, x.device)
+    y = x if scale is None else x * scale
+    slope = rows @ _folded(_outer(y, y) @ slopes, 7)
+    if scale is not None:
+        slope = slope * scale[..., None, :]
+    slope = torch.cat([slope, _folded(x @ linear, 7)], -2)
+    # All but the last constraint, |t| = 1, are linear in t.
+    return slope, (slope[..., 4:] @ x[..., 4:, None])[..., 0] - last
 
 
 def _newton(
-    q: Tensor,
-    t: Tensor,
-    q1: Tensor,
-    q2: Tensor,
-    theta: Tensor | None,
-    planar: bool,
-    steps: int = 20,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, rows: Tensor, planar: bool, steps: int = 20
+) -> tuple[Tensor, Tensor]:
     """Newton's method from each of M starts; the best point met, and its largest constraint.
 
-    A start leaves the loop when its step has become as small as rounding.
+    A start has arrived when its step was so small that the error after it, of the order of its square, is
+    rounding: it is evaluated once more, and no further step is computed. One that finds nothing much
+    better for several steps is given up.
     """
-    best_q, best_t = q.clone(), t.clone()
-    best = torch.full_like(q[:, 0], math.inf)
-    active = torch.arange(len(q), device=q.device)
+    norms = _newton_tables(scale is not None, planar, x.device)[3]
+    # The smaller the angle, the less exactly does it show its axis.
+    enough = torch.full_like(x[:, 0], _ARRIVED)
+    if scale is not None:
+        enough = torch.maximum(enough, 1e-14 / scale[:, 1])
+    all_x, all_errors = x.clone(), torch.full_like(x[:, 0], math.inf)
+    active = torch.arange(len(x), device=x.device)
+    best_x, best, moving, vain = all_x, all_errors, active, torch.zeros_like(active)
     for _ in range(steps + 1):
-        value, slope, tangent = _newton_system(q, t, q1, q2, theta, planar)
+        slope, value = _newton_system(x, scale, rows, planar)
         error = value.abs().amax(-1)
-        better = (error <= best[active]).nonzero()[:, 0]
-        ahead = active[better]
-        best_q[ahead], best_t[ahead], best[ahead] = q[better], t[better], error[better]
-        step, _ = torch.linalg.solve_ex(slope, -value)
-        step = torch.nan_to_num(step, 0.0, 0.0, 0.0)
-        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
-        moving = (length[:, 0] > 1e-14).nonzero()[:, 0]
+        going = vain < _PATIENCE  # given up for good, whether still in the loop or not
+        vain = torch.where((error < best / 2) & going, 0, vain + 1)
+        better = (error <= best) & going
+        best_x, best = torch.where(better[:, None], x, best_x), torch.where(better, error, best)
         if not len(moving):
             break
-        if len(moving) < len(q):
-            active, q, t, q1, q2, tangent, step, length = (
-                x[moving] for x in (active, q, t, q1, q2, tangent, step, length)
+        if len(x) - len(moving) > _WORTH:
+            all_x[active], all_errors[active] = best_x, best
+            active, x, rows, enough, best_x, best, vain, slope, value = (
+                a[moving] for a in (active, x, rows, enough, best_x, best, vain, slope, value)
             )
-            theta = None if theta is None else theta[moving]
-        step = step * (0.5 / length).clamp(max=1.0)  # at most half a radian
-        half = step[:, :3] / 2
-        s, u = q[:, :1], q[:, 1:]
-        turned = [s - (half * u).sum(-1, keepdim=True), u + s * half + torch.linalg.cross(half, u)]
-        q = _unit(torch.cat(turned, -1))
-        t = _unit(t + (tangent @ step[:, 3:, None])[..., 0])
-    return best_q, best_t, best
+            scale = None if scale is None else scale[moving]
+        step, _ = torch.linalg.solve_ex(slope, value)
+        step = torch.nan_to_num(step, 0.0, 0.0, 0.0)
+        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+        x = x - step * (0.5 / length).clamp(max=1.0)
+        x = x * (x.square() @ norms).rsqrt()
+        moving = ((length[:, 0] > enough) & (vain < _PATIENCE)).nonzero()[:, 0]
+    all_x[active], all_errors[active] = best_x, best
+    return all_x, all_errors
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1148,62 +1224,58 @@ def _newton(
 # --------------------------------------------------------------------------------------------------
 
 
-def _front(a: Tensor, q2: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Signs of the depths that the rays a = R q1 and q2 get by t, (..., n) in each view."""
-    d1, d2 = (a * t[..., None, :]).sum(-1), (q2 * t[..., None, :]).sum(-1)
-    cosine = (a * q2).sum(-1)
-    size_a, size_b = (a * a).sum(-1), (q2 * q2).sum(-1)
-    return torch.sign(d2 * cosine - d1 * size_b), torch.sign(d2 * size_a - d1 * cosine)
-
-
 def _face_forward(
-    R: Tensor, t: Tensor, q1: Tensor, q2: Tensor, twins: Tensor, weight: Tensor | None = None
+    R: Tensor,
+    t: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    twins: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the sign of t, and where ``twins`` the rotation, by how many points lie in front.
 
-    ``R`` (..., 3, 3), points (..., n, 3), ``weight`` (..., n). Returns R, t, and whether all points do.
+    ``R`` (..., 3, 3), points of length 1 (..., n, 3), ``weight`` (..., n). Returns R, t, and whether all
+    points do.
     """
     a = q1 @ R.mT
-    along = (a @ t[..., None]) * t[..., None, :]
-    best: list[Tensor] = []
-    for turned in (False, True):
-        rays = 2 * along - a if turned else a
-        near, far = _front(rays, q2, t)
-        both = (near + far) if weight is None else (near + far) * weight
-        score = both.sum(-1)
-        size = score.abs()
-        if turned:
-            size = torch.where(twins, size, -math.inf)
-        all_there = ((near == far) & (near == torch.sign(score)[..., None]) & (near != 0)).all(-1)
-        sign = torch.where(score < 0, -1.0, 1.0)
-        if not best:
-            best = [size, sign, all_there, torch.zeros_like(all_there)]
-        else:
-            more = size > best[0]
-            new = [size, sign, all_there, torch.ones_like(all_there)]
-            best = [torch.where(more, x, y) for x, y in zip(new, best, strict=True)]
-    turn = 2 * t[..., :, None] * t[..., None, :] - _eye(3, t)
-    R = torch.where(best[3][..., None, None], turn @ R, R)
-    return R, t * best[1][..., None], best[2]
+    along, far = (a @ t[..., None])[..., 0], (q2 @ t[..., None])[..., 0]
+    weight = torch.ones_like(along) if weight is None else weight
+    cosine = (a * q2).sum(-1)
+
+    def score(cosine: Tensor) -> Tensor:
+        """Sum over both views of the signs of the depths that the rays a = R q1 and q2 get by t."""
+        signs = torch.sign(far * cosine - along) + torch.sign(far - along * cosine)
+        return (signs * weight).sum(-1)
+
+    best = score(cosine)
+    if twins is not None:
+        other = score(2 * along * far - cosine)  # with a turned about t by pi
+        turned = twins & (other.abs() > best.abs())
+        best = torch.where(turned, other, best)
+        twin = 2 * t[..., :, None] * (t[..., None, :] @ R) - R
+        R = torch.where(turned[..., None, None], twin, R)
+    front = best.abs() == 2 * weight.sum(-1)
+    return R, torch.where(best[..., None] < 0, -t, t), front
 
 
-@cache
-def _keys() -> tuple[Tensor, Tensor]:
-    """Arbitrary forms, (2, 9, 9) and (9, 2)."""
+@_constant
+def _keys(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Arbitrary forms, (81, 2) and (9, 2)."""
     generator = torch.Generator().manual_seed(0)
-    quadratic = torch.randn(2, 9, 9, generator=generator, dtype=torch.float64)
-    return quadratic, torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    quadratic = torch.randn(2, 81, generator=generator, dtype=torch.float64).mT
+    linear = torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    return quadratic.to(device), linear.to(device)
 
 
-def _place(problem: Tensor, count: int) -> Tensor:
-    """Position of each row among the rows of its problem; ``problem`` is sorted."""
-    first = torch.searchsorted(problem, torch.arange(count, device=problem.device))
-    return torch.arange(len(problem), device=problem.device) - first[problem]
+@_constant
+def _nothing(device: torch.device) -> Tensor:
+    """A candidate that is not valid: R, t, whether it is valid, whether all points lie in front."""
+    R = torch.eye(3, dtype=torch.float64, device=device)
+    return F.pad(R.flatten(), (0, 5))
 
 
 def _candidates(
-    q: Tensor,
-    t: Tensor,
+    x: Tensor,
     error: Tensor,
     problem: Tensor,
     q1: Tensor,
@@ -1213,39 +1285,40 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotations, translations, valid and in front, (B, count, ...): each root once, valid ones first.
 
-    ``q``, ``t``, ``error`` and ``problem`` (which of the B problems) have one row for each root found.
+    ``x`` (quaternion and translation), ``error`` and ``problem`` (which of the B problems) have one row
+    for each root found.
     """
     order = error.argsort(stable=True)
     order = order[problem[order].argsort(stable=True)]  # by problem, the best first
     order = order[error[order] < _ZERO]
-    R, t, problem = _rotation(q[order]), t[order], problem[order]
+    x, problem = x[order], problem[order]
+    R, t = _rotation(x[:, :4]), x[:, 4:]
     # Two fixed quadratic forms of E, whatever its sign, tell roots apart; where the twisted pair of one
     # E counts as two roots, two linear ones of R besides. Of those at one root the best stays.
-    E = (_hat(t) @ R).flatten(-2)
-    quadratic, linear = (table.to(E.device) for table in _keys())
-    keys = torch.stack([((E @ form) * E).sum(-1) for form in quadratic], -1)
+    quadratic, linear = _keys(x.device)
+    E = _essential(R, t).flatten(1)
+    keys = _outer(E, E) @ quadratic
     if not twins:
-        keys = torch.cat([keys, R.flatten(-2) @ linear], -1)
-    place = _place(problem, len(q1))
-    table = keys.new_full(
-        (len(q1), int(place.max()) + 1 if len(place) else 0, keys.shape[1]), math.nan
-    )
-    table[problem, place] = keys
+        keys = torch.cat([keys, R.flatten(1) @ linear], -1)
+    each = torch.arange(len(q1), device=x.device)
+    place = torch.arange(len(x), device=x.device) - torch.searchsorted(problem, each)[problem]
+    at = problem, place  # in a table of all problems
+    most = int(place.max()) + 1 if len(place) else 0
+    table = keys.new_full((len(q1), most, keys.shape[1]), math.nan)
+    table[at] = keys
     near = ((table[:, :, None] - table[:, None]).abs() < _SAME).all(-1)
-    again = (near & torch.ones_like(near).tril(-1)).any(-1)[problem, place]
-    R, t, problem = R[~again], t[~again], problem[~again]
-    place = _place(problem, len(q1))
-    fits = place < count
-    R, t, problem, place = R[fits], t[fits], problem[fits], place[fits]
-    choice = torch.full_like(place, twins, dtype=torch.bool)
+    new = ~near.tril(-1).any(-1)
+    rank = new.cumsum(1) - 1
+    kept = (new & (rank < count))[at].nonzero()[:, 0]
+    R, t, problem, rank = R[kept], t[kept], problem[kept], rank[at][kept]
+    choice = torch.ones_like(problem, dtype=torch.bool) if twins else None
     R, t, front = _face_forward(R, t, q1[problem], q2[problem], choice)
-    all_R = _eye(3, q1).repeat(len(q1), count, 1, 1)
-    all_t = q1.new_zeros(len(q1), count, 3)
-    valid = torch.zeros(len(q1), count, dtype=torch.bool, device=q1.device)
-    in_front = valid.clone()
-    at = (problem, place)
-    all_R[at], all_t[at], valid[at], in_front[at] = R, t, True, front
-    return all_R, all_t, valid, in_front
+    found = torch.cat([R.flatten(1), t, torch.ones_like(t[:, :1]), front[:, None]], 1)
+    result = _nothing(x.device).repeat(len(q1), count, 1)
+    result[problem, rank] = found
+    flags = result[..., 12:] > 0
+    R, t = _folded(result[..., :9], 3), result[..., 9:12]
+    return R, t, flags[..., 0], flags[..., 1]
 
 
 def _implicit_gradient(
@@ -1262,48 +1335,49 @@ def _implicit_gradient(
     The root x(q) satisfies f(x, q) = 0, so dx = -(df/dx)^-1 (df/dq) dq: the slope is kept constant and f
     alone is differentiated in the data. Eigenvectors are never differentiated.
     """
-    size = valid.shape
-    first, second = (x[:, None].expand(*size, *x.shape[1:]) for x in (q1, q2))
-    angle = None if theta is None else theta[:, None].expand(size)
+    rows = _outer(q2, q1)[:, None]
+    scale = None if theta is None else _scale(theta)[:, None]
     with torch.no_grad():
         q = _quaternion(R)
-        _, slope, tangent = _newton_system(
-            q, torch.where(valid[..., None], t, 1.0), first, second, angle, planar
-        )
-    value = _newton_system(q, t, first, second, angle, planar)[0]
-    with torch.no_grad():
+        if theta is not None:
+            q = torch.cat([torch.ones_like(q[..., :1]), _unit(q[..., 1:])], -1)
+        x = torch.cat([q, t], -1)
+        slope, _ = _newton_system(x, scale, rows, planar)
         inverse, failed = torch.linalg.inv_ex(slope)
         usable = valid & (failed == 0) & torch.isfinite(inverse).all(-1).all(-1)
         inverse = torch.where(usable[..., None, None], inverse, 0.0)
-    step = -(inverse @ torch.where(usable[..., None], value, 0.0)[..., None])
-    step = step - step.detach()  # the value stays that of the root
-    R = R + _hat(step[..., :3, 0]) @ R
-    return R, t + (tangent @ step[..., 3:, :])[..., 0]
+    value = torch.where(usable[..., None], _newton_system(x, scale, rows, planar)[1], 0.0)
+    y = x - (inverse @ value[..., None])[..., 0]
+    if scale is not None:
+        y = torch.where(usable[..., None], y * scale, 0.0)
+    moved, shifted = _rotation(y[..., :4]), y[..., 4:]
+    # The values stay those of the root.
+    return R + (moved - moved.detach()), t + (shifted - shifted.detach())
 
 
-def _pure_rotation(q1: Tensor, q2: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _pure_rotation(
+    q1: Tensor, q2: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Samples that a rotation alone explains: which, and their rotation and one possible translation."""
-    still = (q1 @ q1.mT - q2 @ q2.mT).abs().amax((-1, -2)) < _NEAR
-    R, t = torch.zeros_like(q1[:, :3, :]), torch.zeros_like(q1[:, 0])
-    index = still.nonzero()[:, 0]
-    if len(index):
-        a, b = q1[index], q2[index]
-        left, _, right = torch.linalg.svd(b.mT @ a)
-        sign = torch.linalg.det(left @ right)
-        left = torch.cat([left[..., :2], left[..., 2:] * sign[:, None, None]], -1)
-        found = left @ right
-        fits = (a @ found.mT - b).abs().amax((-1, -2)) < _NEAR
-        q = _quaternion(found)
-        if theta is not None:
-            angle = 2 * torch.atan2(q[:, 1:].norm(dim=-1), q[:, 0])
-            fits &= (angle - theta[index]).abs() < 1e-7
-        # Any direction explains them. For a planar motion it is normal to the axis.
-        other = F.one_hot(q[:, 1:].abs().argmin(-1), 3).to(q)
-        across = torch.linalg.cross(q[:, 1:], other)
-        bare = across.norm(dim=-1, keepdim=True) < _NEAR
-        R[index], t[index] = found, torch.where(bare, other, _unit(across))
-        still[index] = fits
-    return still, R, t
+    index = ((q1 @ q1.mT - q2 @ q2.mT).abs().amax((-1, -2)) < _NEAR).nonzero()[:, 0]
+    if not len(index):
+        return None
+    a, b = q1[index], q2[index]
+    left, _, right = torch.linalg.svd(b.mT @ a)
+    sign = torch.linalg.det(left @ right)
+    left = torch.cat([left[..., :2], left[..., 2:] * sign[:, None, None]], -1)
+    R = left @ right
+    fits = (a @ R.mT - b).abs().amax((-1, -2)) < _NEAR
+    q = _quaternion(R)
+    if theta is not None:
+        angle = 2 * torch.atan2(q[:, 1:].norm(dim=-1), q[:, 0])
+        fits &= (angle - theta[index]).abs() < 1e-7
+    # Any direction explains them. For a planar motion it is normal to the axis.
+    other = F.one_hot(q[:, 1:].abs().argmin(-1), 3).to(q)
+    across = torch.linalg.cross(q[:, 1:], other)
+    bare = across.norm(dim=-1, keepdim=True) < _NEAR
+    t = torch.where(bare, other, _unit(across))
+    return index[fits], R[fits], t[fits]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1313,9 +1387,7 @@ def _pure_rotation(q1: Tensor, q2: Tensor, theta: Tensor | None) -> tuple[Tensor
 
 def _bearings(q1: Any, q2: Any, n: int) -> tuple[Tensor, Tensor]:
     first, second = _pairs(q1, q2, n)
-    _check_lengths(first, "q1")
-    _check_lengths(second, "q2")
-    return _unit(first), _unit(second)
+    return _checked_unit(first, "q1"), _checked_unit(second, "q2")
 
 
 def _angle(theta: Any, batch: torch.Size, like: Tensor) -> Tensor:
@@ -1367,7 +1439,7 @@ def _solve(
             )
         )
     R, t, valid, front = (torch.cat(x) for x in zip(*parts, strict=True))
-    E = _hat(t) @ R
+    E = _essential(R, t)
     return PoseCandidates(*(x.reshape((*batch, *x.shape[1:])) for x in (R, t, E, valid, front)))
 
 
@@ -1377,31 +1449,47 @@ def _solve_chunk(
     with torch.no_grad():
         if backend == "reference":
             q, t, keep = _reference(q1, q2, theta, planar, count)
-        elif theta is None:
-            q, t, keep = _start_from_essential(q1, q2, planar)
+            problem, x = keep.nonzero()[:, 0], torch.cat([q, t], -1)[keep]
+            error = torch.zeros_like(x[:, 0])
         else:
-            q, t, keep = _start_from_angle(q1, q2, theta, planar)
-        problem, q, t = keep.nonzero()[:, 0], q[keep], t[keep]
-        error = torch.zeros_like(q[:, 0])
-        if backend == "auto":
-            own = None if theta is None else theta[problem]
-            q, t, error = _newton(q, t, q1[problem], q2[problem], own, planar)
+            problem, x, error = _polished_roots(q1, q2, theta, planar)
         twins = theta is None and not planar
-        R, t, valid, front = _candidates(q, t, error, problem, q1, q2, twins, count)
-        still, turned, any_t = _pure_rotation(q1, q2, theta)
-        only = torch.arange(count, device=R.device) == 0
-        R = torch.where(
-            still[:, None, None, None],
-            torch.where(only[:, None, None], turned[:, None], _eye(3, R)),
-            R,
-        )
-        t = torch.where(still[:, None, None], torch.where(only[:, None], any_t[:, None], 0.0), t)
-        valid = torch.where(still[:, None], only, valid)
-        front = front & ~still[:, None]
+        R, t, valid, front = _candidates(x, error, problem, q1, q2, twins, count)
+        determined = valid
+        still = _pure_rotation(q1, q2, theta)
+        if still is not None:
+            index, turned, any_t = still
+            R[index], t[index], front[index] = _eye(3, R), 0.0, False
+            R[index, 0], t[index, 0] = turned, any_t
+            determined = valid.index_fill(0, index, False)
+            valid = determined.clone()
+            valid[index, 0] = True
     inputs = [x for x in (q1, q2, theta) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        R, t = _implicit_gradient(R, t, valid & ~still[:, None], q1, q2, theta, planar)
+        R, t = _implicit_gradient(R, t, determined, q1, q2, theta, planar)
     return R, t, valid, front
+
+
+def _polished_roots(
+    q1: Tensor, q2: Tensor, theta: Tensor | None, planar: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All roots of all problems: whose each is, its quaternion and translation, its largest constraint."""
+    rows = _outer(q2, q1)
+    if theta is None:
+        x, keep = _start_from_essential(rows, planar)
+        problem = keep.nonzero()[:, 0]
+        x, error = _newton(x[keep], None, rows[problem], planar)
+        return problem, x, error
+    w, keep = _start_from_angle(q1, q2, theta, planar)
+    problem = keep.nonzero()[:, 0]
+    rows, scale = rows[problem], _scale(theta)[problem]
+    x = F.pad(w[keep], (1, 3))
+    x[:, 0] = 1
+    # The translation that fits best: its slopes are the normals G (and the axis).
+    slope, _ = _newton_system(x, scale, rows, planar)
+    x[:, 4:] = _smallest_direction(slope[:, :-3, 4:])
+    x, error = _newton(x, scale, rows, planar)
+    return problem, x * scale, error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1481,7 +1569,7 @@ def _reference(
     found = []
     for b in range(len(q1)):
         if theta is None:
-            basis = _nullspace(q1[b : b + 1], q2[b : b + 1], planar)[0]
+            basis = _nullspace(_outer(q2[b : b + 1], q1[b : b + 1]), planar)[0]
             E = (_UNKNOWNS[:, None, None] * basis[:3].cpu().numpy()).sum(0) + basis[3].cpu().numpy()
             square = E @ E.T
             nine = (2 * square @ E - E * np.trace(square)).flatten()  # Eq. 19
@@ -1530,7 +1618,10 @@ def _angle_reference(
     w = _unit(q1.new_tensor(_template_roots(equations, degree)))[None]
     half = (theta / 2).view(1, 1, 1)
     both = torch.cat([torch.cos(half).expand_as(w[..., :1]), torch.sin(half) * w], -1)
-    t = _translation_for(both, q1[None], q2[None], planar)
+    G = _normals(_rotation(both), q1[None, None], q2[None, None])
+    if planar:
+        G = torch.cat([G, w[..., None, :]], -2)
+    t = torch.linalg.eigh(G.mT @ G)[1][..., 0]
     return both, t, torch.ones_like(both[..., 0], dtype=torch.bool)
 
 
@@ -1741,7 +1832,7 @@ def _translation_only(q1: Tensor, q2: Tensor) -> PoseCandidates:
     valid = (sizes.amin(-1) > 1e-12) & (size > 1e-12 * sizes.prod(-1))
     t = _unit(torch.where(valid[..., None], across, torch.ones_like(across)))
     identity = _eye(3, t).expand(*t.shape[:-1], 3, 3)
-    _, t, front = _face_forward(identity, t, q1, q2, torch.zeros_like(valid))
+    _, t, front = _face_forward(identity, t, q1, q2, None)
     t = torch.where(valid[..., None], t, 0.0)
     parts = (identity, t, _hat(t), valid, front & valid)
     k = len(valid.shape)
@@ -1861,14 +1952,12 @@ def ransac_relative_pose(
         raise ValueError(f"theta: expected {need} for solver {solver!r}, got {theta!r}")
     batch = first.shape[:-2]
     angle = None if theta is None else _angle(theta, batch, first).reshape(-1)
-    _check_lengths(first, "q1")
-    _check_lengths(second, "q2")
+    units = [_checked_unit(q, n) for q, n in ((first, "q1"), (second, "q2"))]
     points = [_on_surface(q, n, spherical) for q, n in ((first, "q1"), (second, "q2"))]
+    u1, u2, p1, p2 = (q.reshape(-1, *first.shape[-2:]) for q in (*units, *points))
     with torch.no_grad():
         parts = _ransac(
-            first.reshape(-1, *first.shape[-2:]), second.reshape(-1, *first.shape[-2:]),
-            points[0].reshape(-1, *first.shape[-2:]), points[1].reshape(-1, *first.shape[-2:]),
-            solver, angle, threshold**2, samples, fallback_samples, spherical, generator,
+            u1, u2, p1, p2, solver, angle, threshold**2, samples, fallback_samples, spherical, generator
         )  # fmt: skip
     return PoseEstimate(*(x.reshape((*batch, *x.shape[1:])) for x in parts))
 
@@ -1905,7 +1994,6 @@ def _ransac(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     B, N = q1.shape[:2]
-    q1, q2 = _unit(q1), _unit(q2)
     rows = torch.arange(B, device=q1.device)[:, None, None]
     hypotheses: list[PoseCandidates] = []
     for name, count in ((solver, samples), ("2p_to", fallback_samples)):

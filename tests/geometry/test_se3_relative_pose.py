@@ -720,6 +720,28 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch):
     torch.testing.assert_close(solve_five_point(q1, q2), whole, rtol=1e-7, atol=1e-7)
 
 
+@solvers
+def test_when_starts_leave_the_loop_does_not_matter(solver, monkeypatch):
+    q1, q2, _, _, theta = problems("random", 40, solver, seed=2)
+    together = solve(solver, q1, q2, theta)
+    monkeypatch.setattr(module, "_WORTH", 0)
+    alone = solve(solver, q1, q2, theta)
+    assert torch.equal(alone.valid, together.valid)
+    assert same_roots(alone, together, tolerance=1e-9)
+
+
+def test_tables_made_in_inference_mode_serve_gradients():
+    q1, q2, _, _, theta = problems("random", 2, "3p_ra_st0", seed=7)
+    module._newton_tables.cache_clear()
+    module._rotation_table.cache_clear()
+    with torch.inference_mode():
+        solve_known_angle(q1, q2, theta, planar=True)
+    theta.requires_grad_()
+    found = solve_known_angle(q1, q2, theta, planar=True)
+    (grad,) = torch.autograd.grad(found.R.diagonal(dim1=-2, dim2=-1).sum(), theta)
+    assert grad.all()
+
+
 # --------------------------------------------------------------------------------------------------
 # Counts of solutions
 # --------------------------------------------------------------------------------------------------

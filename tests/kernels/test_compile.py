@@ -48,6 +48,8 @@ for module, name, integers, numbers, pointers, constants, *spilled in eval(sys.a
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         case = (module, name, constexprs, options)
         assert compiled.metadata.shared <= 227 * 1024, (case, compiled.metadata.shared)
+        if name != "_split" and "PARTS" in constexprs:
+            assert "wgmma.mma_async" in compiled.asm["ptx"], case  # the matrix units' instruction
         stack = stack_of(compiled.asm["cubin"])
         assert stack <= (spilled[0] if spilled else 64), (case, stack)
 """
