@@ -1,7 +1,10 @@
 """Peak memory is exact on the CPU for allocations that are known; times are in turns, per call."""
 
+import ast
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,12 @@ def test_seconds_takes_the_median_over_rounds():
 def test_seconds_refuses_no_rounds():
     with pytest.raises(ValueError, match=r"^repeats: expected .* >= 1, got 0"):
         seconds({}, repeats=0)
+
+
+def test_the_example_of_the_page_on_speed(capsys):
+    page = (Path(__file__).parents[1] / "book" / "making_it_fast.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    took, held = (ast.literal_eval(line) for line in capsys.readouterr().out.splitlines())
+    assert set(took) == set(held) == {"auto", "reference"}
+    assert held["reference"] > 10 * held["auto"], "that is what the page is about"

@@ -10,7 +10,7 @@ logits minus the log-sum-exp of all others,
 
     M = sigmoid(s),    log M = logsigmoid(s),    1 - M = sigmoid(-s),
 
-so each loss is a smooth function of one well-scaled number, and no softmax is ever formed.
+so each loss is a smooth function of one well-scaled number.
 
 ``backend="reference"`` computes the printed equations instead: the softmax, the sum over targets,
 the loss of that sum. It is what the tests compare with, and it has the limits of the printed form:
@@ -430,7 +430,8 @@ def affinity_mass_loss(
 
     Notes
     -----
-    Time and memory ``O(N^2)`` per graph: two fused softmaxes forward, one product backward. Works
+    Time and memory ``O(N^2)`` per graph: one exponential an entry forward (three where targets and
+    others lie so far apart that each side needs its own), one product backward. Works
     under ``torch.autocast`` (float32 inside), ``torch.compile(fullgraph=True)`` and twice through
     autograd.
 
