@@ -323,6 +323,22 @@ def test_the_benchmarks_say_what_was_not_measured(tmp_path):
     assert len(re.findall(r"^\(bench-\w+\)=$", page, re.M)) == 1, "one label, on two devices"
 
 
+def test_the_roofline_draws_every_operation_with_products(tmp_path):
+    assert pages.roofline(tmp_path) == ""
+    names = [f"operation {k}" for k in range(9)]  # more than there are colours
+    row = {"implementation": "affnb", "seconds": 0.1}
+    work = {"bytes": 1000, "flops": 5000, "dtype": "float32"}
+    limits = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"float32": 1e9, "bfloat16": 4e9}}
+    rows = [row | {"operation": name, "work": work} for name in names]
+    rows.append(row | {"operation": "no product", "work": work | {"flops": 0}})
+    (tmp_path / "cpu.json").write_text(
+        json.dumps({"device": "CPU", "limits": limits, "results": rows})
+    )
+    drawn = pages.roofline(tmp_path)
+    assert ", ".join(names) + "." in drawn
+    assert "no product" not in drawn
+
+
 # --- the reference ---------------------------------------------------------------------------------
 
 BOOK = chapters.list_chapters()

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -492,24 +492,26 @@ def roofline(folder: Path) -> str:
         with style():
             figure = Figure(figsize=(6.4, 4.2))
             axes = figure.add_subplot()
-            for operation, colour in zip(
-                dict.fromkeys(r["operation"] for r in points), CYCLE, strict=False
-            ):
+            looks = product("os", CYCLE)  # a second shape when the colours are used up
+            operations = dict.fromkeys(r["operation"] for r in points)
+            drawn = []
+            for operation, (shape, colour) in zip(operations, looks, strict=False):
+                drawn.append(operation)
                 largest = {r["implementation"]: r for r in points if r["operation"] == operation}
                 for name, r in largest.items():
                     work, ours = r["work"], name == "affnb"
                     axes.plot(
                         work["flops"] / work["bytes"],
                         work["flops"] / r["seconds"],
-                        "o" if ours else "x",
+                        shape if ours else {"o": "x", "s": "+"}[shape],
                         color=colour,
                         label=operation if ours else None,
                     )
             left, right = axes.get_xlim()
             copy, lines = limits["copy_bytes_per_s"], cycle(["-", "--"])
-            for dtype, product in limits["matmul_flops_per_s"].items():
-                x = [min(left, product / copy) / 4, product / copy, max(right, product / copy) * 4]
-                y = [min(copy * v, product) for v in x]
+            for dtype, flops in limits["matmul_flops_per_s"].items():
+                x = [min(left, flops / copy) / 4, flops / copy, max(right, flops / copy) * 4]
+                y = [min(copy * v, flops) for v in x]
                 axes.plot(x, y, next(lines), color=COLOURS["grey"], label=f"roof, {dtype}")
             axes.set(xscale="log", yscale="log", xlabel="flops a byte", ylabel="flops a second")
             axes.legend(fontsize="small")
@@ -517,8 +519,10 @@ def roofline(folder: Path) -> str:
         pictures.append(
             figure_html(
                 figure,
-                alt=f"Roofline of {data['device']}: flops a second over flops a byte.",
-                caption=f"{html.escape(data['device'])}. Dots are <code>affnb</code>, crosses the "
+                alt=f"Roofline of {data['device']}: flops a second over flops a byte, of "
+                + ", ".join(drawn)
+                + ".",
+                caption=f"{html.escape(data['device'])}. Dots and squares are <code>affnb</code>, crosses the "
                 "literal equations, plain PyTorch and the peers, each at the largest size it was "
                 "measured at. Flops and bytes are those that the operation cannot do without.",
             )
