@@ -60,24 +60,28 @@ def test_features_that_are_not_contiguous_and_have_an_offset(kernels_everywhere)
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("highest", 1e-4), ("high", 3e-3), ("medium", 0.5)]
+    ("precision", "tolerance"), [("highest", 2e-3), ("high", 5e-3), ("medium", 0.5)]
 )
 def test_near_points_far_from_the_others(kernels_everywhere, precision, tolerance):
     """Distances are differences of products 2e4 times as large; precision as PyTorch is told."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 4
+    cluster = torch.arange(60) % 4
+    labels = (
+        torch.arange(60) // 30
+    )  # each cluster has items of both classes: the sums are of near ones
     centres = 100 * torch.nn.functional.normalize(torch.randn(4, 128, generator=generator), dim=1)
-    features = centres[labels] + 0.1 * torch.randn(60, 128, generator=generator)
+    features = centres[cluster] + 0.1 * torch.randn(60, 128, generator=generator)
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         ours, theirs = both(
-            features.to(kernels_everywhere), (labels // 2).to(kernels_everywhere), form="log"
+            features.to(kernels_everywhere), labels.to(kernels_everywhere), form="log"
         )
     finally:
         torch.set_float32_matmul_precision(usual)
-    assert abs(ours[0] - theirs[0]) <= tolerance * theirs[0].abs().clamp(min=1)
-    assert (ours[1] - theirs[1]).norm() <= 20 * tolerance * theirs[1].norm().clamp(min=1)
+    assert theirs[0] > 0.5
+    assert abs(ours[0] - theirs[0]) <= tolerance * theirs[0] / 10
+    assert (ours[1] - theirs[1]).norm() <= tolerance * theirs[1].norm()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 7.0])
